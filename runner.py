@@ -1,0 +1,2204 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["requests>=2.31,<3", "python-dotenv>=1.0,<2"]
+# ///
+"""Agent runner: turns labelled GitHub issues into pull requests with the agent of your choice.
+
+The life of a task:
+
+    an open issue in the dispatch repository carries the label `copilot-agent`       (queued)
+      -> the runner reads it, labels it `agent-processing` and comments              (processing)
+      -> `process_task` changes files in a clean checkout of the target repository
+      -> the runner commits, pushes `agent-task-<id>` and opens a pull request
+      -> the issue gets `agent-done` and a comment with the link                     (done)
+         or `agent-failed` and a comment that says why and how to run it again       (failed)
+
+Start it:
+
+    GITHUB_TOKEN=... AGENT_DISPATCH_REPO=you/tasks AGENT_TARGET_REPO=you/project python runner.py
+
+The file reads from top to bottom: constants, errors, configuration, the task (parse and render),
+GitHub's protocol and client, the queue, processes, git and the workspace, `process_task`, the story
+of one task, the loop, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import difflib
+import email.utils
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+from urllib.parse import quote, urlencode, urljoin, urlsplit
+
+import requests
+from dotenv import dotenv_values
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("agent-runner")
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------
+# Constants: what GitHub, other programs or plain sense fix, so that nobody need configure it.
+
+API_VERSION = "2022-11-28"
+HTTP_TIMEOUT = (10, 30)  # seconds to connect, to answer; GitHub itself gives up after 10
+MAX_REDIRECTS = 3
+MAX_BODY = 65_000  # characters; GitHub refuses a comment or pull request body over 65,536
+MAX_METADATA = 16_000  # characters of the metadata comment, which must fit into a body with the rest
+PAGE_SIZE = 100
+SINCE_OVERLAP = timedelta(minutes=3)  # a list may lag behind the issues it lists
+SECONDARY_LIMIT_PAUSE = 60  # seconds, doubled each time
+PATIENCE = 900  # seconds that a task waits for a GitHub that is out of reach
+RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
+GIT_TIMEOUT = 1800
+KILL_GRACE = 5
+OUTPUT_LINES = 50
+TRUSTED_ASSOCIATIONS = frozenset({"OWNER", "MEMBER", "COLLABORATOR"})
+LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
+    "processing": ("fbca04", "The agent runner is working on this issue"),
+    "done": ("0e8a16", "The agent runner has opened a pull request for this issue"),
+    "failed": ("d93f0b", "The agent runner gave up; take this label off to run it again"),
+}
+
+# --------------------------------------------------------------------------------------------------
+# Errors: each class is one answer to "what now?".
+
+
+class RunnerError(Exception):
+    """The root of everything that the runner raises on purpose."""
+
+
+class ConfigError(RunnerError):
+    """Variables are wrong; the message names all of them. Ends the program with exit code 2."""
+
+
+class Stopping(RunnerError):
+    """The runner was told to stop; the task goes back to the queue."""
+
+
+class TaskFailed(RunnerError):
+    """This task cannot be done, now or later; the issue is told `why`.
+
+    `advice` says what the reader can do about it, `output` is what a program printed.
+    """
+
+    def __init__(self, why: str, advice: str = "", output: str = "") -> None:
+        super().__init__(why)
+        self.why, self.advice, self.output = why, advice, output
+
+
+class ApiRefused(TaskFailed):
+    """GitHub answered 4xx: asking again would bring the same answer."""
+
+    def __init__(self, status: int, why: str, advice: str = "") -> None:
+        super().__init__(why, advice)
+        self.status = status
+
+
+class TaskRetry(RunnerError):
+    """This task may succeed later; it is tried again, AGENT_MAX_ATTEMPTS times in all."""
+
+    def __init__(self, why: str, output: str = "") -> None:
+        super().__init__(why)
+        self.why, self.output = why, output
+
+
+class Unreachable(TaskRetry):
+    """GitHub, or the way to it, is out of order: no answer, or 5xx."""
+
+
+class GitFailed(RunnerError):
+    """Git ended with an error; `text` is what it said."""
+
+    def __init__(self, command: str, text: str) -> None:
+        super().__init__(f"git {command} failed: {text}")
+        self.text = text
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: environment variables in, one frozen value out.
+
+REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,100}(?<!\.git)")
+
+
+class Secret(str):
+    """A string that does not show itself in a `repr`, and so in no log of a whole configuration."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _variable(name: str, parse: Callable[[str], Any], default: str = "") -> Any:
+    """A field that is read from an environment variable; `parse` raises ValueError("must ...")."""
+    return field(metadata={"name": name, "parse": parse, "default": default})
+
+
+def _token(text: str) -> Secret:
+    if not text:
+        raise ValueError("is not set: put a GitHub token there, or into a file .env")
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("holds blanks or characters that no GitHub token has")
+    return Secret(text)
+
+
+def _repo(text: str) -> str:
+    if not REPO_NAME.fullmatch(text):
+        raise ValueError(f"must look like owner/repository, not {text!r}")
+    return text
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ValueError(f"must be an http(s) address without a user name, not {text!r}")
+    return text.rstrip("/")
+
+
+def _label(text: str) -> str:
+    if len(text) > 50 or "," in text:
+        raise ValueError("must have at most 50 characters, and no comma")
+    return text
+
+
+def _number(low: float, kind: type = float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= 10**9:
+                return value
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"must be a {what}, {low} or more, not {text!r}")
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError(f"must be yes or no, not {text!r}")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _level(text: str) -> str:
+    if text.upper() not in (levels := ("DEBUG", "INFO", "WARNING", "ERROR")):
+        raise ValueError(f"must be one of {', '.join(levels)}, not {text!r}")
+    return text.upper()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _plugin(text: str) -> str:
+    """A built-in's name or a plug-in's place; a file's path is made absolute."""
+    place, _, function = text.rpartition(":")
+    if text in ("", "patch", "command"):
+        return text
+    if not place or not function.isidentifier():
+        raise ValueError(
+            f"must be patch, command, package.module:function or path/to/file.py:function, not {text!r}"
+        )
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"names the file {place!r}, which does not exist")
+    return f"{Path(place).absolute()}:{function}" if place.endswith(".py") else text
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that can be set; README.md says what each variable means."""
+
+    env: Mapping[str, str] = field(repr=False)
+    token: Secret = _variable("GITHUB_TOKEN", _token)
+    api_url: str = _variable("GITHUB_API_URL", _url, "https://api.github.com")
+    server_url: str = _variable("GITHUB_SERVER_URL", _url, "https://github.com")
+    dispatch_repo: str = _variable("AGENT_DISPATCH_REPO", _repo, "endomorphosis/lift_coding_dispatch")
+    target_repo: str = _variable("AGENT_TARGET_REPO", _repo, "endomorphosis/lift_coding")
+    allowed_targets: tuple[str, ...] = _variable("AGENT_ALLOWED_TARGETS", _names)
+    allowed_authors: tuple[str, ...] = _variable("AGENT_ALLOWED_AUTHORS", _names)
+    task_label: str = _variable("AGENT_TASK_LABEL", _label, "copilot-agent")
+    processing_label: str = _variable("AGENT_PROCESSED_LABEL", _label, "agent-processing")
+    done_label: str = _variable("AGENT_DONE_LABEL", _label, "agent-done")
+    failed_label: str = _variable("AGENT_FAILED_LABEL", _label, "agent-failed")
+    poll_interval: float = _variable("AGENT_POLL_INTERVAL", _number(1), "60")
+    process_task: str = _variable("AGENT_PROCESS_TASK", _plugin)
+    command: str = _variable("AGENT_COMMAND", str)
+    shell: bool = _variable("AGENT_SHELL", _flag, "no")
+    task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _number(1), "1800")
+    max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _number(1, int), "3")
+    max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _number(1, int), "1")
+    drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _number(0), "30")
+    write_interval: float = _variable("AGENT_WRITE_INTERVAL", _number(0), "1")
+    state_dir: Path = _variable("AGENT_STATE_DIR", lambda text: Path(text).absolute(), ".agent-runner")
+    home: Path = _variable("AGENT_HOME", lambda text: Path(text).absolute() if text else None)
+    agent_env: tuple[str, ...] = _variable("AGENT_ENV", _names)
+    max_changed_files: int = _variable("AGENT_MAX_CHANGED_FILES", _number(1, int), "1000")
+    max_changed_bytes: int = _variable("AGENT_MAX_CHANGED_BYTES", _number(1, int), "10000000")
+    allow_workflows: bool = _variable("AGENT_ALLOW_WORKFLOWS", _flag, "no")
+    commit_name: str = _variable("AGENT_COMMIT_NAME", str, "agent-runner")
+    commit_email: str = _variable("AGENT_COMMIT_EMAIL", str)
+    log_level: str = _variable("AGENT_LOG_LEVEL", _level, "INFO")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Config:
+        """Reads and checks every variable; raises ConfigError that names all the bad ones.
+
+        An empty value counts as unset: Compose hands `NAME=${NAME:-}` on as an empty string.
+        """
+        values: dict[str, Any] = {"env": dict(env)}
+        problems = []
+        for name, spec in cls.variables().items():
+            parse, default = spec.metadata["parse"], spec.metadata["default"]
+            try:
+                values[spec.name] = parse(env.get(name, "").strip() or default)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
+                values[spec.name] = parse(default) if default else Secret()
+        values["home"] = values["home"] or values["state_dir"] / "home"
+        values["process_task"] = values["process_task"] or ("command" if values["command"] else "patch")
+        values["allowed_targets"] = values["allowed_targets"] or (values["target_repo"],)
+        # No account has this address, so that no stranger's picture gets beside the commits.
+        host = urlsplit(values["server_url"]).hostname
+        values["commit_email"] = values["commit_email"] or f"agent-runner@noreply.{host}"
+        config = cls(**values)
+        if problems := [*problems, *config._contradictions()]:
+            raise ConfigError("\n  - ".join(["cannot start:", *problems]))
+        return config
+
+    @classmethod
+    def variables(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields by the names of their variables."""
+        return {spec.metadata["name"]: spec for spec in dataclasses.fields(cls) if spec.metadata}
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with several variables together."""
+        labels = {self.task_label, self.processing_label, self.done_label, self.failed_label}
+        if len({label.lower() for label in labels}) < 4:
+            yield "the four AGENT_*_LABEL variables must name four different labels"
+        for name in self.agent_env:
+            if name == "GITHUB_TOKEN" or (self.token and self.env.get(name) == self.token):
+                yield f"AGENT_ENV must not name {name}: the agent never gets the runner's token"
+        if self.process_task == "command" and self.shell and "{instruction" in self.command:
+            yield (
+                "AGENT_COMMAND must not hold {instruction} with AGENT_SHELL, for the shell would run what"
+                ' the issue says: let it read standard input or "$AGENT_TASK_FILE"'
+            )
+        elif self.process_task == "command":
+            try:
+                command_words(self, "", Path())
+            except ValueError as error:
+                yield f"AGENT_COMMAND {error}"
+
+    def unknown(self) -> Iterator[str]:
+        """A warning for each AGENT_* variable that nothing reads, with the nearest known name."""
+        known = {*self.variables(), *self.agent_env, *AGENT_SIDE}
+        for name in sorted(name for name in self.env if name.startswith("AGENT_") and name not in known):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"{name} is set, but the runner knows no such variable{hint}"
+
+    def allows_target(self, repo: str) -> bool:
+        """Whether pull requests may go to a repository; patterns may hold `*`, case is ignored."""
+        return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in self.allowed_targets)
+
+
+# --------------------------------------------------------------------------------------------------
+# The task: an issue parsed into a value, and a value rendered into what people and programs read.
+# Pure functions; every one takes time in proportion to the length of its text.
+
+METADATA_START = re.compile(r"<!--\s*agent_task_metadata(?=[\s{])", re.IGNORECASE)
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)")
+KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
+INSTRUCTION_HEADING = re.compile(r"#{1,6}[ \t]+instructions?[ \t]*#*[ \t]*", re.IGNORECASE)
+SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
+ESCAPES = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+CONTROLS = {code: None for code in (*range(32), 127) if chr(code) not in "\n\t"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dispatch issue, understood. What `process_task` gets.
+
+    `metadata` is what came in and goes back unchanged; `task_id` its id as text; `slug` a form of
+    the id that is safe in a branch name; `base` the branch to start from ("" is the default one);
+    `context` what the issue is about ("issue acme/widgets#42") or ""; `issue` GitHub's own JSON.
+    """
+
+    number: int
+    dispatch_repo: str
+    title: str
+    url: str
+    author: str
+    trusted: bool
+    task_id: str
+    slug: str
+    metadata: Mapping[str, Any]
+    target_repo: str
+    base: str
+    context: str
+    instruction: str
+    attempt: int
+    issue: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def branch(self) -> str:
+        return f"agent-task-{self.slug}"
+
+    @property
+    def reference(self) -> str:
+        """The dispatch issue as GitHub writes it across repositories: owner/repository#number."""
+        return f"{self.dispatch_repo}#{self.number}"
+
+
+class Fence(NamedTuple):
+    """A code fence in Markdown: offsets into its text; `end` is -1 if it never closes."""
+
+    mark: str
+    language: str
+    start: int
+    inside: int
+    close: int = -1
+    end: int = -1
+
+
+def scan_fences(text: str) -> list[Fence]:
+    """The code fences of a text: https://spec.commonmark.org/0.31.2/#fenced-code-blocks"""
+    fences: list[Fence] = []
+    opened: Fence | None = None
+    offset = 0
+    for line in text.split("\n"):
+        match, after = FENCE.match(line), offset + len(line) + 1
+        if match and opened is None:
+            opened = Fence(match[1], match[2].lower(), offset, after)
+        elif match and opened and match[1].startswith(opened.mark) and not line[match.end(1) :].strip():
+            fences.append(opened._replace(close=offset, end=min(after, len(text))))
+            opened = None
+        offset = after
+    return [*fences, opened] if opened else fences
+
+
+def outside_fences(text: str) -> str:
+    """The text with its code fences blanked; offsets and lines stay where they are.
+
+    A fence that never closes is left as it is, although CommonMark lets it run to the end of the
+    text: one stray ``` in an instruction must not hide the metadata that follows it.
+    """
+    parts, at = [], 0
+    for fence in scan_fences(text):
+        if fence.end >= 0:
+            parts += [text[at : fence.start], re.sub(r"[^\n]", " ", text[fence.start : fence.end])]
+            at = fence.end
+    return "".join([*parts, text[at:]])
+
+
+def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
+    """The `agent_task_metadata` comments outside code fences: (start, end, content or None)."""
+    plain, found, at = outside_fences(text), [], 0
+    while match := METADATA_START.search(plain, at):
+        close = plain.find("-->", match.end())
+        if close < 0:
+            break
+        at, content = close + len("-->"), None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(text[match.end() : close])
+        found.append((match.start(), at, content if isinstance(content, dict) else None))
+    return found
+
+
+def key_lines(text: str) -> dict[str, str]:
+    """The first `Task ID:`, `User ID:`, `Target Repository:` and `Target:` lines outside fences."""
+    found: dict[str, str] = {}
+    for line in outside_fences(text).split("\n"):
+        if match := KEY_LINE.match(line):
+            value = re.sub(r"\A[*_]+(?=\s|\Z)", "", match[2]).replace("`", "").strip(" \t*")
+            found.setdefault(match[1].lower().replace(" ", "_"), value)
+    return found
+
+
+def find_instruction(body: str) -> str | None:
+    """The text after the `## Instruction(s)` heading, or None if there is no such heading.
+
+    It runs to the end of the body, since an instruction may hold headings of its own; the metadata
+    comment and the rule above it do not belong to it.
+    """
+    offset = 0
+    for line in outside_fences(body).split("\n"):
+        offset += len(line) + 1
+        if INSTRUCTION_HEADING.fullmatch(line):
+            return without_metadata(body[offset:])
+    return None
+
+
+def without_metadata(text: str) -> str:
+    """The text less its metadata comments and the rule (`---`) that sets them off."""
+    parts, at = [], 0
+    for start, end, _ in metadata_comments(text):
+        parts.append(text[at:start])
+        at = end
+    kept = "".join(parts).rstrip()
+    if re.search(r"(?:\A|\n)-{3,}\Z", kept):
+        kept = kept.rstrip("-")
+    return (kept + text[at:]).strip()
+
+
+def whole_body(body: str) -> str:
+    """A body without an instruction heading, less its metadata in either form."""
+    lines = zip(body.split("\n"), outside_fences(body).split("\n"), strict=True)
+    return without_metadata("\n".join(line for line, plain in lines if key_lines(plain).keys() <= {"target"}))
+
+
+def find_metadata(body: str) -> dict[str, Any]:
+    """The last well-formed metadata comment, else what the `Task ID:` lines say."""
+    comments = [content for _, _, content in metadata_comments(body) if content is not None]
+    lines = key_lines(body)
+    return comments[-1] if comments else {k: lines[k] for k in ("task_id", "user_id") if lines.get(k)}
+
+
+def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config: Config) -> str:
+    """The repository that a pull request is wanted in; it may be one that is not allowed."""
+    if named := metadata.get("target_repo") or lines.get("target_repository"):
+        return str(named)
+    words = re.split(r"[\s()#,;]+", lines.get("target", ""))
+    context = next((word for word in words if REPO_NAME.fullmatch(word)), "")
+    return context if context and config.allows_target(context) else config.target_repo
+
+
+def safe_slug(task_id: str) -> str:
+    """The id itself where it may stand in a branch name, else a stable stand-in for it."""
+    if SAFE_ID.fullmatch(task_id):
+        return task_id
+    return "x" + hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def encodable(text: object) -> str:
+    """As text without NUL and lone surrogates, which JSON can hold and files and arguments cannot."""
+    return str(text or "").replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def is_trusted(issue: Mapping[str, Any], config: Config) -> bool:
+    """Whether the author may give work: somebody with write access, or on the owner's list.
+
+    https://docs.github.com/graphql/reference/enums#commentauthorassociation
+    """
+    login = str((issue.get("user") or {}).get("login", "")).lower()
+    listed = login in (name.lower() for name in config.allowed_authors)
+    return listed or issue.get("author_association") in TRUSTED_ASSOCIATIONS
+
+
+def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Task:
+    """An issue, as GitHub gives it, as a task. Never fails: `check_task` says what is wrong."""
+    body = encodable(issue.get("body")).replace("\r\n", "\n")
+    title = " ".join(encodable(issue.get("title")).split())
+    trusted = is_trusted(issue, config)
+    lines = key_lines(body) if trusted else {}
+    metadata = find_metadata(body) if trusted else {}
+    if metadata.get("task_id") in (None, "") or isinstance(metadata["task_id"], dict | list):
+        metadata = {**metadata, "task_id": f"issue-{issue['number']}"}
+    section = find_instruction(body)
+    return Task(
+        number=issue["number"],
+        dispatch_repo=config.dispatch_repo,
+        title=title,
+        url=encodable(issue.get("html_url")),
+        author=encodable((issue.get("user") or {}).get("login")),
+        trusted=trusted,
+        task_id=str(metadata["task_id"]),
+        slug=safe_slug(str(metadata["task_id"])),
+        metadata=metadata,
+        target_repo=choose_target(metadata, lines, config),
+        base=str(metadata.get("base") or ""),
+        context=lines.get("target", ""),
+        instruction=(whole_body(body) or title) if section is None else section,
+        attempt=attempt,
+        issue=issue,
+    )
+
+
+def is_branch_name(name: str) -> bool:
+    """Whether git takes this as a branch name: https://git-scm.com/docs/git-check-ref-format"""
+    if not re.fullmatch(r"[^\s~^:?*\[\\]{1,200}", name) or not name.isprintable():
+        return False
+    return not re.search(r"\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A@\Z|\A[-./]|[./]\Z", name)
+
+
+def check_task(task: Task, config: Config) -> None:
+    """Raises TaskFailed for a task that must not or cannot be run."""
+    owner = "the runner's owner can"
+    if not task.trusted:
+        advice = f"Somebody with write access can open the issue, or {owner} add to AGENT_ALLOWED_AUTHORS."
+        raise TaskFailed(f"{code(task.author)} may not give work to this runner.", advice)
+    if not REPO_NAME.fullmatch(task.target_repo) or not config.allows_target(task.target_repo):
+        advice = f"Name another target, or {owner} add it to AGENT_ALLOWED_TARGETS."
+        raise TaskFailed(f"This runner may not change the repository {code(task.target_repo)}.", advice)
+    if task.base and not is_branch_name(task.base):
+        raise TaskFailed(f"The base {code(task.base)} is not a valid branch name.")
+    if len(metadata_comment(task.metadata)) > MAX_METADATA:
+        raise TaskFailed(f"The metadata is longer than {MAX_METADATA:,} characters.")
+    if not task.instruction:
+        raise TaskFailed("The instruction is empty.", "Write what is to be done below `## Instructions`.")
+
+
+def metadata_comment(metadata: Mapping[str, Any]) -> str:
+    """The hidden comment that the back end reads back, whatever the values hold.
+
+    It looks for `<!--\\s*agent_task_metadata\\s+(.*?)\\s*-->` and parses the group as JSON, so no
+    `-->` may occur inside: `<` and `>` can stand only in JSON strings, where an escape does.
+    """
+    text = json.dumps(metadata).replace("<", "\\u003c").replace(">", "\\u003e")
+    return f"<!-- agent_task_metadata {text} -->"
+
+
+def step_marker(run: str, step: str) -> str:
+    """A hidden comment by which what was written with an answer that was lost is found again."""
+    return f"<!-- agent-runner run={run} step={step} -->"
+
+
+def printable(text: str) -> str:
+    """The text without terminal escapes and control characters."""
+    return ESCAPES.sub("", text).translate(CONTROLS)
+
+
+def code(text: str) -> str:
+    """Foreign text as inline code that it cannot break out of."""
+    shown = printable(" ".join(encodable(text).split())).replace("`", "'")[:200]
+    return f"`{shown}`" if shown else "(nothing)"
+
+
+def fenced(text: str) -> str:
+    """The text in a code fence that is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, if need be without its end, with a note that says so."""
+    if len(text) <= limit:
+        return text
+    note = f"\n\n… ({len(text) - limit:,} characters more were left out)"
+    return text[: max(0, limit - len(note))] + note
+
+
+def last_lines(output: str) -> str:
+    """The end of a program's output, as it may be shown."""
+    lines = printable(output.replace("\r\n", "\n").replace("\r", "\n")).rstrip().split("\n")
+    return "\n".join(line if len(line) <= 500 else line[:499] + "…" for line in lines[-OUTPUT_LINES:])
+
+
+def folded_output(output: str) -> str:
+    """The last lines of an agent's output in a fold, or nothing if it printed nothing."""
+    if not (tail := last_lines(output)).strip():
+        return ""
+    summary = f"<summary>Last {OUTPUT_LINES} lines of output</summary>"
+    return f"<details>{summary}\n\n{fenced(tail)}\n\n</details>"
+
+
+def harmless(markdown: str, limit: int = 4_000) -> str:
+    """Foreign Markdown, cut to a limit, that cannot hide or forge what follows it."""
+    text = cut(printable(markdown).replace("<!--", "&lt;!--").strip(), limit)
+    return "\n".join([text, *(fence.mark for fence in scan_fences(text) if fence.end < 0)])
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """A two-column Markdown table."""
+    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def blocks(*parts: str) -> str:
+    """Markdown blocks, the empty ones left out."""
+    return "\n\n".join(part for part in parts if part)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 5 s, 1 h 2 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )
+
+
+def render_comment(run: str, step: str, text: str, output: str = "", metadata: str = "") -> str:
+    """A comment on the issue within GitHub's limit; what programs look for is never cut."""
+    end = blocks(metadata if len(metadata) <= MAX_METADATA else "", step_marker(run, step))
+    fold = folded_output(output)
+    return blocks(cut(text, MAX_BODY - len(end) - len(fold) - 4), fold, end)
+
+
+def pull_title(task: Task) -> str:
+    """The pull request's title; GitHub takes 256 characters."""
+    title = f"Agent task: {printable(task.title)}"
+    return title if len(title) <= 256 else title[:255] + "…"
+
+
+def pull_body(task: Task, base: str, summary: str, stat: str, run: str) -> str:
+    """The pull request's text. The metadata comes first: the back end takes the first comment."""
+    rows = {
+        "Task": code(task.task_id),
+        "Dispatch issue": task.reference,
+        "Asked for by": code(task.author),
+        "Base": code(base),
+        "Attempt": str(task.attempt),
+    }
+    head = metadata_comment(task.metadata)
+    changes = "### Changes\n\n" + fenced(cut(stat.rstrip("\n"), 8_000))
+    tail = blocks(changes, table(rows), f"Fixes {task.reference}", step_marker(run, "pull"))
+    return blocks(head, harmless(summary, MAX_BODY - len(head) - len(tail) - 100), tail)
+
+
+def commit_message(task: Task, run: str) -> str:
+    """The commit's message. Its trailers say whose branch it is, for whoever finds it later."""
+    subject = printable(f"Agent task: {task.title}")[:100].strip()
+    return f"{subject}\n\nTask-Id: {task.slug}\nDispatch-Issue: {task.reference}\nRun: {run}\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# GitHub's protocol: pure functions that say what an answer means.
+
+ADVICE = {
+    401: "The runner's owner should check GITHUB_TOKEN: it is wrong, expired or revoked.",
+    403: "The runner's owner should check what the token may do; README.md lists the permissions.",
+    404: "The runner's owner should check the name, and that the token may see it: GitHub answers 404"
+    " for what a token may not see.",
+}
+
+
+class Answer(NamedTuple):
+    """An answer that was neither a limit nor a fault.
+
+    `data` is None for a 304 and an empty body; `at` is the server's time in seconds since 1970.
+    """
+
+    status: int
+    data: Any
+    etag: str
+    next_url: str
+    at: float
+
+
+def is_limit(status: int, headers: Mapping[str, str], text: str) -> bool:
+    """Whether a request was refused for a limit: 429, or a 403 that does not mean "you may not"."""
+    if status == 403:
+        exhausted = headers.get("x-ratelimit-remaining") == "0"
+        return exhausted or "retry-after" in headers or "rate limit" in text.lower()
+    return status == 429
+
+
+def limit_pause(headers: Mapping[str, str], streak: int, now: float) -> float:
+    """Seconds for which nothing may be sent after a limit was met.
+
+    `streak` counts the limits met in a row before, `now` is the time by the server's clock.
+    https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#handle-rate-limit-errors-appropriately
+    """
+    with contextlib.suppress(ValueError):
+        if "retry-after" in headers:
+            return max(0.0, float(headers["retry-after"]))
+        if headers.get("x-ratelimit-remaining") == "0":
+            return max(0.0, float(headers.get("x-ratelimit-reset", "")) - now) + 1
+    return float(SECONDARY_LIMIT_PAUSE * 2 ** min(streak, 6))
+
+
+def server_time(headers: Mapping[str, str], default: float) -> float:
+    """The server's clock in seconds since 1970, from the Date header."""
+    with contextlib.suppress(ValueError, TypeError):
+        return email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
+    return default
+
+
+def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
+    """What a 4xx or 5xx answer means for the task at hand."""
+    data = data if isinstance(data, dict) else {}
+    errors = [e.get("message") or e if isinstance(e, dict) else e for e in data.get("errors") or []]
+    reasons = "; ".join(str(reason) for reason in [data.get("message") or "no message", *errors])
+    what = f"GitHub answered {status} to {method} {path}: {reasons}"
+    if status >= 500 or status == 408:
+        return Unreachable(what)
+    return ApiRefused(status, what, ADVICE.get(status, ""))
+
+
+def is_queued(issue: Mapping[str, Any], config: Config, ours: bool = False) -> bool:
+    """Whether an issue waits to be run; `ours` if its `processing` label is this runner's own."""
+    labels = {str(label["name"]).lower() for label in issue.get("labels", [])}
+    over = {config.done_label.lower(), config.failed_label.lower()}
+    over |= set() if ours else {config.processing_label.lower()}
+    wanted = config.task_label.lower() in labels and not labels & over
+    return wanted and issue.get("state") == "open" and "pull_request" not in issue
+
+
+# --------------------------------------------------------------------------------------------------
+# GitHub's client: the only place that speaks HTTP.
+
+
+class Clock:
+    """Time and chance as the runner sees them; tests pass one of their own."""
+
+    def time(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Waits for the event, at most so many seconds; whether it happened."""
+        return event.wait(seconds)
+
+    def jitter(self, seconds: float) -> float:
+        """About so many seconds, so that many runners do not come back in the same moment."""
+        return seconds * random.uniform(0.8, 1.2)  # noqa: S311 (nothing secret hangs on it)
+
+
+def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event) -> T:
+    """Takes a step again for as long as GitHub is out of reach, PATIENCE seconds at most.
+
+    What an agent has done in an hour is not to be lost to a minute without network. The step must
+    bear being taken twice.
+    """
+    pause, begun = 1.0, clock.monotonic()
+    while True:
+        try:
+            return step()
+        except Unreachable as fault:
+            if clock.monotonic() - begun + pause > PATIENCE:
+                raise
+            log.warning("%s; next try in %.0f s", fault, pause)
+            if clock.wait(stop, clock.jitter(pause)):
+                raise Stopping from fault
+            pause = min(pause * 2, 60)
+
+
+class _SignIn(requests.auth.AuthBase):
+    """The token, as `auth`: requests would put ~/.netrc before a plain header."""
+
+    def __init__(self, token: str) -> None:
+        self._header = f"Bearer {token}"
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = self._header
+        return request
+
+
+class GitHub:
+    """GitHub's REST API as far as the runner uses it; shared by all threads.
+
+    Requests go out one after the other, writes at least AGENT_WRITE_INTERVAL apart, and none while
+    a limit lasts. Methods raise ApiRefused for 4xx, Unreachable for faults, Stopping when `stop`
+    cuts a wait short. Paths start with a slash; whole addresses must be on the same host.
+    """
+
+    def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
+        self._config, self._clock, self._stop = config, clock, stop
+        self._dispatch = f"/repos/{config.dispatch_repo}"
+        self._lock = threading.Lock()
+        self._not_before = self._next_write = 0.0
+        self._limits_in_a_row = 0
+        self._session = requests.Session()
+        self._session.auth = _SignIn(config.token)
+        self._session.headers["Accept"] = "application/vnd.github+json"
+        self._session.headers["X-GitHub-Api-Version"] = API_VERSION
+        self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
+
+    def request(
+        self, method: str, path: str, body: Any = None, etag: str = "", follow: bool = True
+    ) -> Answer:
+        """One request, sent again only if GitHub refused it for a limit."""
+        headers = {"If-None-Match": etag} if etag else {}
+        while True:
+            with self._lock:
+                self._pace(method != "GET")
+                response = self._send(method, path, body, headers, follow)
+                if not self._observe(response):
+                    return self._answer(method, path, response)
+
+    def _pace(self, write: bool) -> None:
+        """Waits until a request may be sent."""
+        pause = self._not_before - self._clock.monotonic()
+        if pause > 0 and self._clock.wait(self._stop, pause):
+            raise Stopping
+        if write:
+            self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
+            self._next_write = self._clock.monotonic() + self._config.write_interval
+
+    def _send(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str], follow: bool
+    ) -> requests.Response:
+        """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
+
+        https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects
+        """
+        url = path if "://" in path else self._config.api_url + path
+        options: dict[str, Any] = {"headers": headers, "timeout": HTTP_TIMEOUT, "allow_redirects": False}
+        for _ in range(MAX_REDIRECTS + 1):
+            if urlsplit(url)[:2] != urlsplit(self._config.api_url)[:2]:
+                raise ApiRefused(0, f"{method} {path} leads to another host, {urlsplit(url).netloc}")
+            try:
+                response = self._session.request(method, url, json=body, **options)
+            except requests.RequestException as error:
+                raise Unreachable(f"no answer to {method} {path}: {root_cause(error)}") from error
+            log.debug("%s %s -> %d", method, url, response.status_code)
+            if response.status_code not in (301, 302, 307, 308) or not follow:
+                return response
+            url = urljoin(url, response.headers.get("location", ""))
+        raise ApiRefused(response.status_code, f"{method} {path} is redirected without end")
+
+    def _observe(self, response: requests.Response) -> bool:
+        """Learns from the rate-limit headers; whether this request was refused for a limit."""
+        headers = response.headers
+        limited = is_limit(response.status_code, headers, response.text)
+        if limited or headers.get("x-ratelimit-remaining") == "0":
+            now = server_time(headers, self._clock.time())
+            pause = limit_pause(headers, self._limits_in_a_row, now)
+            log.warning("GitHub's limit is reached: nothing is sent for %.0f s", pause)
+            self._not_before = self._clock.monotonic() + pause
+        self._limits_in_a_row = self._limits_in_a_row + 1 if limited else 0
+        return limited
+
+    def _answer(self, method: str, path: str, response: requests.Response) -> Answer:
+        data, headers = None, response.headers
+        with contextlib.suppress(requests.JSONDecodeError):
+            data = response.json() if response.content else None
+        if response.status_code >= 400:
+            raise refusal(method, path, response.status_code, data)
+        next_url = str(response.links.get("next", {}).get("url", ""))
+        at = server_time(headers, self._clock.time())
+        return Answer(response.status_code, data, headers.get("etag", ""), next_url, at)
+
+    def _repeat(self, method: str, path: str, body: Any = None, follow: bool = True) -> Answer:
+        """A request that may be sent twice, and is while GitHub is out of reach."""
+        step = functools.partial(self.request, method, path, body, follow=follow)
+        return patiently(step, self._clock, self._stop)
+
+    def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any]) -> Any:
+        """POSTs something that must not be made twice, and returns it.
+
+        GitHub may do what it was asked and still answer 500, or not at all, and has no key against
+        doubles: so what was asked for is looked for before it is asked for again.
+        """
+        asked = False
+
+        def step() -> Any:
+            nonlocal asked
+            found = find() if asked else None
+            asked = True
+            return found or self.request("POST", path, body).data
+
+        return patiently(step, self._clock, self._stop)
+
+    def issue(self, number: int) -> dict[str, Any]:
+        """One issue of the dispatch repository. Moved to another repository counts as refused."""
+        answer = self._repeat("GET", f"{self._dispatch}/issues/{number}", follow=False)
+        if answer.status != 200 or not isinstance(answer.data, dict):
+            raise ApiRefused(answer.status, f"issue {number} is not in this repository any more")
+        return answer.data
+
+    def comment(self, number: int, text: str, marker: str, since: str) -> int:
+        """Comments on an issue, once; the comment's id. `marker` is in this text alone."""
+        path = f"{self._dispatch}/issues/{number}/comments"
+        query = urlencode({"since": since, "per_page": PAGE_SIZE})
+
+        def find() -> Any:
+            found = (c for c in self._pages(f"{path}?{query}") if marker in str(c["body"]))
+            return next(found, None)
+
+        return int(self._create(path, {"body": text}, find)["id"])
+
+    def edit_comment(self, comment: int, text: str) -> None:
+        self._repeat("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
+
+    def add_label(self, number: int, label: str, looks: tuple[str, str]) -> None:
+        """Labels an issue. A label that the repository lacked gets its colour and description.
+
+        GitHub makes a missing label on the fly, grey and without a description, and answers with
+        all of the issue's labels: so the usual case costs one request.
+        """
+        path = f"{self._dispatch}/issues/{number}/labels"
+        for made in self._create(path, {"labels": [label]}, find=lambda: None):
+            new = made["color"] == "ededed" and not made.get("description")
+            if new and made["name"].lower() == label.lower():
+                body = dict(zip(("color", "description"), looks, strict=True))
+                self._repeat("PATCH", f"{self._dispatch}/labels/{quote(label, safe='')}", body)
+
+    def remove_label(self, number: int, label: str) -> None:
+        """Takes a label off an issue; that it is not there is as good."""
+        try:
+            self._repeat("DELETE", f"{self._dispatch}/issues/{number}/labels/{quote(label, safe='')}")
+        except ApiRefused as error:
+            if error.status != 404:
+                raise
+
+    def open_pull(self, repo: str, branch: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Opens a pull request from a branch, or returns the one that there is already."""
+        find, pull = functools.partial(self.find_pull, repo, branch), None
+        try:
+            pull = self._create(f"/repos/{repo}/pulls", {**body, "head": branch}, find)
+        except ApiRefused as error:
+            # 422 "A pull request already exists" comes without the number of that pull request.
+            pull = find() if error.status == 422 else None
+            if pull is None:
+                raise
+        return dict(pull)
+
+    def find_pull(self, repo: str, branch: str) -> dict[str, Any] | None:
+        """The pull request from a branch of this repository: an open one, else one merged."""
+        query = urlencode({"head": f"{repo.split('/')[0]}:{branch}", "state": "all"})
+        pulls = [p for p in self._pages(f"/repos/{repo}/pulls?{query}") if p["head"]["ref"] == branch]
+        merged = (pull for pull in pulls if pull["merged_at"])
+        return next((pull for pull in pulls if pull["state"] == "open"), next(merged, None))
+
+    def _pages(self, url: str) -> Iterator[dict[str, Any]]:
+        """All rows of a list. Links are followed as given: they lead to other paths."""
+        while url:
+            answer = self.request("GET", url)
+            yield from answer.data or []
+            url = answer.next_url
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost reason of an exception that wraps others, without their technical shells."""
+    while isinstance(inner := error.__cause__ or error.__context__, BaseException):
+        error = inner
+    return str(error).rpartition(": ")[2] or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# The queue: what waits in the dispatch repository, at the price of one 304 while nothing changes.
+
+
+class Row(NamedTuple):
+    """What the queue keeps of an issue in the list."""
+
+    number: int
+    updated: str
+    queued: bool
+
+
+class Page(NamedTuple):
+    """One page of the list as it was last read."""
+
+    etag: str
+    rows: tuple[Row, ...]
+    next_url: str
+
+
+class Queue:
+    """The queued issues in `waiting`, by number, with the time of their last change.
+
+    The list holds every open issue with the task label, finished ones too: GitHub can filter by
+    labels that are there, not by those that are not. So that these cost nothing, a list that was
+    read to its end is asked from then on only for what changed `since`. Offset paging can skip a
+    row when another one leaves the list between two pages: therefore a list of several pages counts
+    as read only when a second reading finds nothing that the first had missed. Pages that did not
+    change are answered 304, which uses no quota.
+    https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#use-conditional-requests-if-appropriate
+    """
+
+    def __init__(self, config: Config, github: GitHub) -> None:
+        self._config, self._github = config, github
+        self._since = ""
+        self._pages: dict[str, Page] = {}
+        self._seen: dict[int, Row] = {}
+        self._handled: dict[int, str] = {}
+        self.waiting: dict[int, str] = {}
+
+    def poll(self) -> None:
+        """Reads what changed. Raises Unreachable or ApiRefused, and then has changed nothing."""
+        pages, at = self._read()
+        rows = {row.number: row for page in pages.values() for row in page.rows}
+        self._handled = {n: updated for n, updated in self._handled.items() if n in rows}
+        for row in rows.values():
+            self.waiting.pop(row.number, None)
+            if row.queued and row.updated > self._handled.get(row.number, ""):
+                self.waiting[row.number] = row.updated
+        newest = max((row.updated for row in self._seen.values()), default="")
+        missed = any(row.updated <= newest and row.number not in self._seen for row in rows.values())
+        settled = self._seen and not missed
+        self._pages, self._seen = pages, rows if len(pages) > 1 else {}
+        if settled and self._seen:
+            self._move_on(at)
+
+    def handled(self, number: int, updated: str) -> None:
+        """Remembers how new the issue was when it was run: a list that lags shows it unrun."""
+        self._handled[number] = updated
+
+    def _read(self) -> tuple[dict[str, Page], float]:
+        """The list's pages by their addresses, and the server's time when it was begun."""
+        query = {"labels": self._config.task_label, "state": "open", "per_page": PAGE_SIZE}
+        query |= {"sort": "created", "direction": "asc"} | ({"since": self._since} if self._since else {})
+        url, at = f"/repos/{self._config.dispatch_repo}/issues?{urlencode(query)}", 0.0
+        pages: dict[str, Page] = {}
+        while url and url not in pages:
+            known = self._pages.get(url, Page("", (), ""))
+            # A full last page stays the same when the next one comes to be; only its Link changes.
+            usable = known.next_url or len(known.rows) < PAGE_SIZE
+            answer = self._github.request("GET", url, etag=known.etag if usable else "")
+            if answer.status != 304:
+                rows = (Row(i["number"], i["updated_at"], is_queued(i, self._config)) for i in answer.data)
+                known = Page(answer.etag, tuple(rows), answer.next_url)
+            pages[url], at, url = known, at or answer.at, known.next_url
+        return pages, at
+
+    def _move_on(self, at: float) -> None:
+        """Lets the next reading begin shortly before this one, if a single page holds it then."""
+        since = (datetime.fromtimestamp(at, UTC) - SINCE_OVERLAP).strftime("%Y-%m-%dT%H:%M:%SZ")
+        if sum(row.updated >= since for row in self._seen.values()) < PAGE_SIZE:
+            self._since, self._pages, self._seen = since, {}, {}
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes: the only place that starts one.
+
+
+class Finished(NamedTuple):
+    """A process that has ended. `ended` is "" if it did so by itself, else "timeout" or "stop"."""
+
+    code: int
+    out: bytes
+    err: bytes
+    ended: str
+
+    @property
+    def output(self) -> str:
+        return self.out.decode("utf-8", "replace")
+
+
+def run_process(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: bytes = b"",
+    timeout: float,
+    stop: threading.Event | None = None,
+    merged: bool = False,
+) -> Finished:
+    """Runs a command to its end, or to `timeout` seconds, or until `stop` is set.
+
+    When it returns, the process group is gone. With `merged`, standard error joins standard output.
+    Output goes through files: a daemon left behind may hold a pipe open for ever. Raises OSError if
+    the command cannot be started.
+    """
+    log.debug("run %s", shlex.join(command))
+    with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        feed.write(stdin)
+        feed.seek(0)
+        errors = subprocess.STDOUT if merged else err
+        process = subprocess.Popen(
+            command, cwd=cwd, env=env, stdin=feed, stdout=out, stderr=errors, start_new_session=True
+        )
+        ended = "failed"
+        try:
+            ended = _wait(process, time.monotonic() + timeout, stop)
+        finally:
+            _end_group(process, gently=bool(ended))
+        return Finished(process.returncode, _contents(out), _contents(err), ended)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event | None) -> str:
+    """Waits for the end of a process; why it must be ended, or ""."""
+    with contextlib.ExitStack() as stack:
+        watch: list[int] = []
+        if hasattr(os, "pidfd_open"):  # Linux: wakes up in the moment that the process ends
+            watch = [os.pidfd_open(process.pid)]
+            stack.callback(os.close, watch[0])
+        while process.poll() is None:
+            if stop and stop.is_set():
+                return "stop"
+            if time.monotonic() > deadline:
+                return "timeout"
+            select.select(watch, [], [], 0.1 if watch else 0.01)
+    return ""
+
+
+def _end_group(process: subprocess.Popen[bytes], gently: bool) -> None:
+    """Ends what is left of a process group, if `gently` with a moment to clean up first."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if gently:
+            os.killpg(process.pid, signal.SIGTERM)
+            _wait(process, time.monotonic() + KILL_GRACE, None)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _contents(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+# --------------------------------------------------------------------------------------------------
+# Git and the workspace: the only place that runs git.
+#
+# Three repositories per task. The private bare mirror of the target is shared by all its tasks. A
+# private repository with an index of its own belongs to one task; it is what the runner commits
+# with and pushes from. The agent gets a throw-away `.git`: it borrows the mirror's history, knows
+# no remote, and is never read again.
+
+GIT_SETTINGS = {
+    "core.hooksPath": "/dev/null",
+    "core.fsmonitor": "false",
+    "core.autocrlf": "false",
+    "core.quotePath": "false",
+    "credential.helper": "",
+    "gc.auto": "0",
+    "maintenance.auto": "false",
+    "http.followRedirects": "false",
+    "http.lowSpeedLimit": "1000",
+    "http.lowSpeedTime": "60",
+    "protocol.allow": "never",
+    "submodule.recurse": "false",
+    # A volume may belong to another user; what is in the state folder was put there by the runner.
+    "safe.directory": "*",
+}
+GIT_ENV = {
+    "HOME": "/nonexistent",  # no ~/.netrc, no ~/.config/git
+    "LC_ALL": "C",  # its messages are read
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_TERMINAL_PROMPT": "0",
+}
+GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.I)
+
+
+class Git:
+    """Runs git with no configuration but the runner's, and with the token only where it is needed.
+
+    The token travels in the environment of that one process: never in an argument, an address or a
+    file. https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._server = config.server_url
+        self._env = {k: v for k, v in config.env.items() if GIT_INHERITS.fullmatch(k)} | GIT_ENV
+        login = base64.b64encode(f"x-access-token:{config.token}".encode()).decode()
+        self._sign_in = {
+            f"http.{config.server_url}/.extraHeader": f"Authorization: Basic {login}",
+            f"protocol.{urlsplit(config.server_url).scheme}.allow": "always",
+        }
+
+    def url(self, repo: str) -> str:
+        return f"{self._server}/{repo}.git"
+
+    def __call__(
+        self,
+        *command: str,
+        git_dir: Path,
+        work_tree: Path | None = None,
+        stdin: bytes = b"",
+        remote: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
+        """Runs one git command and returns what it printed; raises GitFailed.
+
+        With `remote` it may speak to GitHub, and has the token.
+        """
+        settings = GIT_SETTINGS | (self._sign_in if remote else {})
+        place = {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings)), **(env or {})}
+        for index, (key, value) in enumerate(settings.items()):
+            place |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
+        if work_tree:
+            place |= {"GIT_WORK_TREE": str(work_tree), "GIT_INDEX_FILE": str(git_dir / "index")}
+        argv, cwd = ["git", *command], work_tree or git_dir
+        done = run_process(argv, cwd=cwd, env=self._env | place, stdin=stdin, timeout=GIT_TIMEOUT)
+        if done.code or done.ended:
+            said = [done.err.decode("utf-8", "replace").strip(), done.output.strip(), done.ended]
+            raise GitFailed(command[0], "\n".join(filter(None, said)) or f"status {done.code}")
+        return done.out.decode("utf-8", "surrogateescape")
+
+
+def remote_failure(failure: GitFailed, repo: str) -> RunnerError:
+    """What git's words about a remote mean for the task at hand."""
+    text = failure.text.lower()
+    if "without `workflow` scope" in text or "without `workflows` permission" in text:
+        why = "The change touches `.github/workflows`, which the token may not push."
+        return TaskFailed(
+            why, "Give the token the `workflow` scope, or leave the workflows alone.", failure.text
+        )
+    if re.search(r"returned error: 30\d|redirect", text):
+        return TaskFailed(f"{repo} has moved.", "Use its new name.", failure.text)
+    if re.search(r"not found|could not read username|authentication failed|error: 40[134]", text):
+        why = f"{repo} cannot be read or pushed to: it does not exist, or the token may not."
+        return TaskFailed(why, ADVICE[404] + " README.md lists the permissions.", failure.text)
+    return Unreachable(f"git cannot reach {repo}: {failure.text.splitlines()[-1]}")
+
+
+class Remote(NamedTuple):
+    """What a target has at this moment: its default branch's name, and commits by ref (and HEAD)."""
+
+    default_branch: str
+    refs: Mapping[str, str]
+
+
+class Mirror:
+    """A private bare copy of a target repository, shared by its tasks, also of other processes.
+
+    It has the whole history, files included: an agent may want to look at any of it, and has no
+    token to fetch with.
+    """
+
+    def __init__(self, git: Git, state_dir: Path, repo: str) -> None:
+        self._git, self._repo = git, repo
+        self.path = state_dir / "repos" / f"{repo.lower()}.git"
+
+    def look(self, *refs: str) -> Remote:
+        """Asks the target for its default branch and the commits of some refs."""
+        with self._locked():
+            if not (self.path / "HEAD").exists():
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._git("init", "--quiet", "--bare", "--template=", git_dir=self.path)
+        default, found = "", {}
+        for line in self._remote(
+            "ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs
+        ).splitlines():
+            value, _, name = line.partition("\t")
+            if value.startswith("ref: refs/heads/") and name == "HEAD":
+                default = value.removeprefix("ref: refs/heads/")
+            elif name in ("HEAD", *refs):
+                found[name] = value
+        return Remote(default, found)
+
+    def fetch(self, ref: str, commit: str) -> str:
+        """The commit of one of the target's refs, brought into the mirror unless it is `commit` there.
+
+        The mirror's own name for a ref is flat: a branch `a` that was deleted upstream must not
+        stand in the way of a branch `a/b`.
+        """
+        own = f"refs/mirror/{hashlib.sha256(ref.encode()).hexdigest()[:32]}"
+        read = ("rev-parse", "--verify", "--quiet", own)
+        with contextlib.suppress(GitFailed):
+            if self._git(*read, git_dir=self.path).strip() == commit:
+                return commit
+        with self._locked():
+            options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--force")
+            self._remote("fetch", *options, self._git.url(self._repo), f"{ref}:{own}")
+            tidy = ("-c", "gc.auto=6700", "-c", "gc.autoDetach=false", "gc", "--auto", "--quiet")
+            with contextlib.suppress(GitFailed):
+                self._git(*tidy, git_dir=self.path)
+        return self._git(*read, git_dir=self.path).strip()
+
+    def issue_of(self, commit: str) -> str:
+        """The dispatch issue (owner/repository#number) whose run made a commit or one before it."""
+        trailer = "--format=%(trailers:key=Dispatch-Issue,valueonly,separator=%x20)"
+        printed = self._git("log", "--first-parent", "-200", trailer, commit, "--", git_dir=self.path)
+        return next((line.strip() for line in printed.splitlines() if line.strip()), "")
+
+    def _remote(self, *command: str) -> str:
+        try:
+            return self._git(*command, git_dir=self.path, remote=True)
+        except GitFailed as failure:
+            raise remote_failure(failure, self._repo) from failure
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One at a time; a file lock, since threads and processes may share the state folder."""
+        lock = self.path.with_suffix(".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
+
+
+def diffstat(git: Git, git_dir: Path, base: str, commit: str) -> str:
+    """What a commit changed since it left the base, as `git diff --stat` shows it."""
+    options = ("--stat=100", "--stat-count=60", "--no-color", "--no-ext-diff")
+    return git("diff", *options, f"{base}...{commit}", "--", git_dir=git_dir)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where `process_task` works: the files of the target's base branch, checked out at `path`.
+
+    `commit` is the base commit, `base` its branch. The `.git` in there knows the history; nothing
+    that happens to it matters to the runner, which takes the files as they are in the end.
+    """
+
+    path: Path
+    base: str
+    commit: str
+
+
+class Checkout:
+    """One task's folder: the agent's workspace, and the repository that the runner commits with."""
+
+    def __init__(self, git: Git, mirror: Mirror, folder: Path, base: str, commit: str) -> None:
+        self._git, self._mirror = git, mirror
+        self.folder, self.git_dir = folder, folder / "git"
+        self.workspace = Workspace(folder / "tree", base, commit)
+
+    def fill(self, branch: str) -> None:
+        """Checks out the files; takes time with their number, not with the history's length."""
+        self.workspace.path.mkdir(parents=True)
+        (self.folder / "tmp").mkdir()
+        self._write_repository(self.git_dir, branch, bare=True)
+        self._run("read-tree", "--reset", "-u", self.workspace.commit)
+        throw_away = self.workspace.path / ".git"
+        self._write_repository(throw_away, branch, bare=False)
+        shutil.copyfile(self.git_dir / "index", throw_away / "index")
+
+    def _write_repository(self, path: Path, branch: str, bare: bool) -> None:
+        """What `git init` would make, with the mirror's objects lent to it and a branch checked out.
+
+        https://git-scm.com/docs/gitrepository-layout
+        """
+        for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
+            (path / folder).mkdir(parents=True)
+        (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
+        (path / "refs/heads" / branch).write_text(f"{self.workspace.commit}\n")
+        (path / "config").write_text(
+            f"[core]\n\trepositoryformatversion = 0\n\tbare = {str(bare).lower()}\n"
+            "[user]\n\tname = agent\n\temail = agent@localhost\n"
+        )
+        (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
+
+    def commit(self, message: str, config: Config) -> str:
+        """Commits what has changed in the workspace; the new commit, or "" if nothing has.
+
+        Raises TaskFailed for a change that must not be published.
+        """
+        self._refuse_nested_repositories()
+        try:
+            self._run("add", "--all", ".")
+        except GitFailed as failure:
+            raise TaskFailed("The changed files cannot be committed.", output=failure.text) from None
+        self._check_changes(config)
+        tree, base = self._run("write-tree").strip(), self.workspace.commit
+        if tree == self._run("rev-parse", f"{base}^{{tree}}").strip():
+            return ""
+        who = {"NAME": config.commit_name, "EMAIL": config.commit_email}
+        env = {f"GIT_{role}_{key}": who[key] for role in ("AUTHOR", "COMMITTER") for key in who}
+        return self._run("commit-tree", tree, "-p", base, "-F", "-", stdin=message.encode(), env=env).strip()
+
+    def _refuse_nested_repositories(self) -> None:
+        """Before `git add`, which would read their configuration, and that can name programs to run."""
+        top, nested = self.workspace.path, []
+        for path, folders, files in os.walk(top):
+            if ".git" in (*folders, *files) and path != str(top):
+                nested.append(os.path.relpath(path, top))
+        ignored: set[str] = set()
+        if nested:
+            names = "\0".join(nested).encode("utf-8", "surrogateescape")
+            with contextlib.suppress(GitFailed):  # status 1: none of them
+                ignored = set(self._run("check-ignore", "-z", "--stdin", stdin=names).split("\0"))
+        for path in nested:
+            if path not in ignored:
+                raise TaskFailed(f"{code(path)} is a git repository of its own, which cannot be committed.")
+
+    def _check_changes(self, config: Config) -> None:
+        """Refuses what a pull request must not bring: too much, workflows, links that lead out."""
+        options = ("--cached", "--raw", "--no-renames", "-z")
+        fields = self._run("diff-index", *options, self.workspace.commit).split("\0")
+        modes = {path: raw.split()[1] for raw, path in zip(fields[::2], fields[1::2], strict=False)}
+        files = [path for path, mode in modes.items() if mode in ("100644", "100755")]
+        top, smaller = (
+            self.workspace.path,
+            "Ask for a smaller change, or let the runner's owner raise the limit.",
+        )
+        if (count := len(modes)) > config.max_changed_files:
+            raise TaskFailed(f"{count:,} files were changed; AGENT_MAX_CHANGED_FILES allows fewer.", smaller)
+        if (size := sum((top / path).stat().st_size for path in files)) > config.max_changed_bytes:
+            why = f"The changed files hold {size:,} bytes; AGENT_MAX_CHANGED_BYTES allows fewer."
+            raise TaskFailed(why, smaller)
+        for path, mode in modes.items():
+            if path.lower().startswith(".github/workflows/") and not config.allow_workflows:
+                advice = "The runner's owner can allow that with AGENT_ALLOW_WORKFLOWS."
+                raise TaskFailed(f"{code(path)} is a workflow; this runner may not change them.", advice)
+            if mode == "120000" and leads_out(path, str((top / path).readlink())):
+                raise TaskFailed(f"{code(path)} is a link that leads out of the repository.")
+
+    def apply(self, patch: str) -> None:
+        """Applies a patch to the workspace, whole or not at all; raises GitFailed."""
+        self._run("apply", "--whitespace=nowarn", "-", stdin=patch.encode())
+
+    def push(self, commit: str, branch: str, repo: str) -> None:
+        """Creates the branch in the target; raises TaskRetry if somebody else was faster."""
+        ref = f"refs/heads/{branch}"
+        # An empty lease: the branch must not exist.
+        command = ("push", "--porcelain", "--atomic", f"--force-with-lease={ref}:", self._git.url(repo))
+        try:
+            self._run(*command, f"{commit}:{ref}", remote=True)
+        except GitFailed as failure:
+            if "[rejected]" not in failure.text:
+                raise remote_failure(failure, repo) from failure
+            if self._mirror.look(ref).refs.get(ref) != commit:  # not by this push, its answer lost
+                raise TaskRetry(f"The branch {branch} came into being meanwhile.") from failure
+
+    def remove(self) -> None:
+        """Deletes the folder, also what the agent made unreadable."""
+        for path, folders, _ in os.walk(self.folder):
+            for folder in (Path(path, name) for name in folders):
+                if not folder.is_symlink():
+                    folder.chmod(stat.S_IRWXU)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _run(self, *command: str, **options: Any) -> str:
+        return self._git(*command, git_dir=self.git_dir, work_tree=self.workspace.path, **options)
+
+
+def leads_out(path: str, target: str) -> bool:
+    """Whether a symbolic link at this path in a repository points out of it."""
+    return target.startswith("/") or os.path.normpath(f"{path}/../{target}").split("/")[0] == ".."
+
+
+# --------------------------------------------------------------------------------------------------
+# process_task: what changes the files. Two are built in; anything else is a plug-in.
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one attempt has to work with. `stop` ends it early."""
+
+    task: Task
+    checkout: Checkout
+    config: Config
+    stop: threading.Event
+
+
+class Result(NamedTuple):
+    """What `process_task` left beside the changed files: a summary for people, and its output."""
+
+    summary: str = ""
+    output: str = ""
+
+
+def process_task(work: Work) -> Result:
+    """Changes the workspace's files as AGENT_PROCESS_TASK says; raises TaskFailed or TaskRetry."""
+    built_in = {"patch": process_patch, "command": process_command}
+    return built_in.get(work.config.process_task, process_plugin)(work)
+
+
+def process_patch(work: Work) -> Result:
+    """Applies the instruction's ```diff and ```patch blocks, all of them or none."""
+    text = work.task.instruction
+    fences = [f for f in scan_fences(text) if f.language in ("diff", "patch") and f.end >= 0]
+    if not fences:
+        why = "The instruction holds no ```diff or ```patch block, and this runner applies patches."
+        raise TaskFailed(why, "Add one, or let the runner's owner set AGENT_COMMAND to a coding agent.")
+    try:
+        work.checkout.apply("".join(text[fence.inside : fence.close] for fence in fences))
+    except GitFailed as failure:
+        advice = f"Make it against the newest commit of {code(work.checkout.workspace.base)}."
+        raise TaskFailed("The patch does not apply.", advice, failure.text) from None
+    return Result()
+
+
+def command_words(config: Config, instruction: str, instruction_file: Path) -> list[str]:
+    """AGENT_COMMAND as arguments; raises ValueError("...") if it cannot be run.
+
+    The program is looked for where the runner runs, never in the workspace.
+    """
+    if config.shell:
+        return ["/bin/sh", "-c", config.command]
+    words = shlex.split(config.command)
+    if not words:
+        raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
+    if not (program := shutil.which(words[0], path=config.env.get("PATH"))):
+        raise ValueError(f"names the program {words[0]!r}, which is not on the PATH")
+    if instruction.startswith("-"):
+        instruction = "\n" + instruction  # it is an instruction, not an option of the agent
+    values = {"{instruction}": instruction, "{instruction_file}": str(instruction_file)}
+    fill = lambda word: re.sub(r"\{instruction(_file)?\}", lambda m: values[m[0]], word)  # noqa: E731
+    return [str(Path(program).absolute()), *map(fill, words[1:])]
+
+
+AGENT_SIDE = [f"AGENT_TASK_{name}" for name in ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")]
+AGENT_SIDE.append("AGENT_SUMMARY_FILE")
+
+
+def agent_environment(work: Work) -> dict[str, str]:
+    """All that an agent sees of the environment: an allow-list, so never the token.
+
+    PATH, LANG and TERM come from the runner, and what AGENT_ENV names.
+    """
+    config, task, folder = work.config, work.task, work.checkout.folder
+    base, summary = work.checkout.workspace.base, folder / "tmp/summary.md"
+    about = (task.task_id, folder / "task.md", task.title, task.url, task.attempt, base, summary)
+    own = dict(zip(AGENT_SIDE, map(encodable, about), strict=True))
+    own |= {"HOME": str(config.home), "TMPDIR": str(folder / "tmp")}
+    names = ("PATH", "LANG", "TERM", *config.agent_env)
+    return {name: config.env[name] for name in names if name in config.env} | own
+
+
+def run_agent(work: Work, command: Sequence[str], stdin: str) -> Finished:
+    """Runs an agent's program in the workspace; raises TaskFailed if it cannot or takes too long."""
+    config, checkout = work.config, work.checkout
+    config.home.mkdir(parents=True, exist_ok=True)
+    (checkout.folder / "task.md").write_text(work.task.instruction + "\n", "utf-8")
+    try:
+        done = run_process(
+            command,
+            cwd=checkout.workspace.path,
+            env=agent_environment(work),
+            stdin=stdin.encode(),
+            timeout=config.task_timeout,
+            stop=work.stop,
+            merged=True,
+        )
+    except OSError as error:
+        advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
+        raise TaskFailed(f"The agent cannot be started: {error.strerror}.", advice) from None
+    if done.ended == "stop":
+        raise Stopping
+    if done.ended:
+        advice = "Ask for less at a time, or let the runner's owner raise AGENT_TASK_TIMEOUT."
+        why = f"The agent ran out of time ({duration(config.task_timeout)})."
+        raise TaskFailed(why, advice, done.output)
+    return done
+
+
+def process_command(work: Work) -> Result:
+    """Runs AGENT_COMMAND; the instruction is on standard input, in a file, and in the words."""
+    file, instruction = work.checkout.folder / "task.md", work.task.instruction
+    done = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
+    if done.code:
+        how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"
+        raise TaskFailed(f"The agent ended with {how}.", output=done.output)
+    summary = read_regular(work.checkout.folder / "tmp/summary.md").decode("utf-8", "replace")
+    return Result(summary.strip() or folded_output(done.output), done.output)
+
+
+def read_regular(path: Path, limit: int = MAX_BODY) -> bytes:
+    """The start of a file that an agent may have written; empty if it is none, or a link.
+
+    A link could lead to a secret that the agent may not read and the runner may.
+    """
+    with contextlib.suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(file, "rb") as opened:
+            return opened.read(limit) if stat.S_ISREG(os.fstat(file).st_mode) else b""
+    return b""
+
+
+def process_plugin(work: Work) -> Result:
+    """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
+    verdict = work.checkout.folder / "tmp/verdict.json"
+    order = {
+        "task": dataclasses.asdict(work.task),
+        "workspace": dataclasses.asdict(work.checkout.workspace),
+        "verdict": verdict,
+    }
+    done = run_agent(work, plugin_command(work.config), json.dumps(order, default=str))
+    try:
+        kind, text = json.loads(read_regular(verdict))
+    except ValueError:
+        why = f"The plug-in ended with status {done.code} before it had returned."
+        raise TaskFailed(why, output=done.output) from None
+    if kind == "retry":
+        raise TaskRetry(text, done.output)
+    if kind == "failed":
+        raise TaskFailed(text, output=done.output)
+    return Result(text, done.output)
+
+
+def plugin_command(config: Config) -> list[str]:
+    """How this file is started again to call the plug-in: see `serve_plugin`."""
+    return [sys.executable, str(Path(__file__).absolute()), "--plugin", config.process_task]
+
+
+def serve_plugin(spec: str, order: str) -> None:
+    """The other side of `process_plugin`; without an order it only loads the plug-in."""
+    function = load_plugin(spec)
+    if order:
+        given = json.loads(order)
+        workspace = Workspace(**given["workspace"] | {"path": Path(given["workspace"]["path"])})
+        answer = call_plugin(function, Task(**given["task"]), workspace)
+        Path(given["verdict"]).write_text(json.dumps(answer), "utf-8")
+
+
+def load_plugin(spec: str) -> Callable[..., Any]:
+    """The function that `package.module:function` or `path/to/file.py:function` names."""
+    place, _, name = spec.rpartition(":")
+    sys.modules["runner"] = sys.modules[__name__]  # its TaskFailed and ours are to be the same
+    if place.endswith(".py"):
+        found = importlib.util.spec_from_file_location(Path(place).stem, place)
+        if not found or not found.loader:
+            raise ImportError(f"{place} is not a Python file")
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module
+        found.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) -> tuple[str, str]:
+    """Calls a plug-in's function; ("done", "failed" or "retry", and a text for people).
+
+    A function with one parameter gets the issue as GitHub gave it and says with a bool whether it
+    worked; one with two gets a Task and a Workspace and may return a summary.
+    """
+    try:
+        if len(inspect.signature(function).parameters) == 1:
+            worked = function(dict(task.issue))
+            return ("done", "") if worked else ("failed", "`process_task` says that it did not work.")
+        return "done", str(function(task, workspace) or "")
+    except TaskRetry as retry:
+        return "retry", retry.why
+    except TaskFailed as failure:
+        return "failed", explain(failure)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"The plug-in raised {type(error).__name__}."
+
+
+def explain(error: RunnerError) -> str:
+    """An error and, if it has one, the advice that goes with it."""
+    return " ".join(filter(None, [str(error), getattr(error, "advice", "")]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The story of one task.
+
+
+class Attempt:
+    """One attempt at one issue, from reading it again to the comment that ends it.
+
+    What GitHub holds already of this task is found and used, never made twice. After `run`, `pause`
+    is the time in seconds before the next attempt, if there is to be one.
+    """
+
+    def __init__(self, runner: Runner, number: int, attempt: int = 1, comment: int | None = None) -> None:
+        self._runner, self._config, self._github = runner, runner.config, runner.github
+        self._clock, self._begun = runner.clock, runner.clock.monotonic()
+        self._run = runner.new_run()
+        self.number, self.attempt, self.comment = number, attempt, comment
+        self.updated, self.pause = "", 0.0
+
+    def run(self) -> str:
+        """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped".
+
+        Raises only what makes it impossible to tell it on the issue.
+        """
+        if (issue := self._read_again()) is None:
+            return "skipped"
+        task = parse_task(issue, self._config, self.attempt)
+        try:
+            check_task(task, self._config)
+            self._announce(task)
+            return self._done(task, self._carry_out(task))
+        except Stopping:
+            self.release()
+            return "stopped"
+        except TaskRetry as retry:
+            return self._retry(task, retry)
+        except TaskFailed as failure:
+            return self._failed(task, failure)
+        except Exception:
+            log.exception("issue=%d a fault of the runner", self.number)
+            return self._failed(task, TaskFailed("The runner met a fault; its log says more."))
+
+    def _read_again(self) -> dict[str, Any] | None:
+        """The issue as it is now, if it is still queued: a list can be old."""
+        try:
+            issue = self._github.issue(self.number)
+        except ApiRefused as gone:
+            log.warning("issue=%d skipped: %s", self.number, gone)
+            return None
+        self.updated = str(issue["updated_at"])
+        if is_queued(issue, self._config, ours=self.attempt > 1):
+            return issue
+        labels = ", ".join(label["name"] for label in issue["labels"]) or "none"
+        log.warning("issue=%d skipped, since it is not open and queued; labels: %s", self.number, labels)
+        return None
+
+    def _announce(self, task: Task) -> None:
+        """Labels and comments: the task is in work."""
+        log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
+        text = f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}."
+        if self.comment is None:
+            self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
+            self.comment = self._comment("start", text)
+        else:
+            self._edit_comment(text)
+
+    def _carry_out(self, task: Task) -> dict[str, Any]:
+        """Work, commit, push, pull request: what the task is about."""
+        runner, config = self._runner, self._config
+        mirror = Mirror(runner.git, config.state_dir, task.target_repo)
+        base_ref, ref = f"refs/heads/{task.base}" if task.base else "HEAD", f"refs/heads/{task.branch}"
+        remote = self._patiently(lambda: mirror.look(base_ref, ref))
+        if base_ref not in remote.refs:
+            raise no_base(task, remote)
+        base = task.base or remote.default_branch
+        commit = self._patiently(lambda: mirror.fetch(f"refs/heads/{base}", remote.refs[base_ref]))
+        if ref in remote.refs:
+            published = self._patiently(lambda: mirror.fetch(ref, remote.refs[ref]))
+            return self._adopt(task, mirror, base, commit, published)
+        checkout = Checkout(runner.git, mirror, config.state_dir / "work" / self._run, base, commit)
+        try:
+            result, made = self._change(task, checkout)
+            stat = diffstat(runner.git, checkout.git_dir, commit, made)
+            self._patiently(lambda: checkout.push(made, task.branch, task.target_repo))
+        finally:
+            checkout.remove()
+        return self._open_pull(task, base, result.summary, stat)
+
+    def _change(self, task: Task, checkout: Checkout) -> tuple[Result, str]:
+        """Runs `process_task` in a fresh checkout and commits what it changed."""
+        checkout.fill(task.branch)
+        result = process_task(Work(task, checkout, self._config, self._runner.kill))
+        made = checkout.commit(commit_message(task, self._run), self._config)
+        if not made:
+            advice = "If there is something to change, say more precisely what and where."
+            raise TaskFailed("The agent changed nothing.", advice, result.output)
+        log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
+        return result, made
+
+    def _adopt(self, task: Task, mirror: Mirror, base: str, commit: str, published: str) -> dict[str, Any]:
+        """The branch is there: if an earlier run of this issue pushed it, what is left is done."""
+        owner = mirror.issue_of(published)
+        if owner.lower() != task.reference.lower():
+            whose = f"{task.target_repo} has a branch {code(task.branch)} of {owner or 'somebody else'}."
+            raise TaskFailed(whose, "Give this task an id of its own, or delete the branch.")
+        log.info("issue=%d task=%s was pushed before", self.number, task.slug)
+        stat = diffstat(self._runner.git, mirror.path, commit, published)
+        pull = self._github.find_pull(task.target_repo, task.branch)
+        return pull or self._open_pull(task, base, "", stat)
+
+    def _open_pull(self, task: Task, base: str, summary: str, stat: str) -> dict[str, Any]:
+        body = pull_body(task, base, summary, stat, self._run)
+        wanted = {"title": pull_title(task), "base": base, "body": body}
+        return self._github.open_pull(task.target_repo, task.branch, wanted)
+
+    def _done(self, task: Task, pull: Mapping[str, Any]) -> str:
+        log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
+        rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
+        self._close(task, "done", f"Done: {pull['html_url']}", rows)
+        return "done"
+
+    def _failed(self, task: Task, failure: TaskFailed) -> str:
+        log.warning("issue=%d task=%s failed: %s", self.number, task.slug, failure.why)
+        again = f"To run it again, take the label {code(self._config.failed_label)} off this issue."
+        text = blocks(f"**Failed.** {harmless(failure.why)}", harmless(failure.advice), again)
+        self._close(task, "failed", text, {}, failure.output)
+        return "failed"
+
+    def _close(self, task: Task, end: str, text: str, rows: Mapping[str, str], output: str = "") -> None:
+        """The last comment, then the label: an issue with the label has its comment."""
+        seconds = self._clock.monotonic() - self._begun
+        details = {"Task": code(task.task_id), **rows, "Attempt": str(self.attempt)}
+        details["Duration"] = duration(seconds)
+        self._comment("end", blocks(text, table(details)), output, metadata_comment(task.metadata))
+        label = self._config.done_label if end == "done" else self._config.failed_label
+        self._github.add_label(self.number, label, LABELS[end])
+        if self.comment is not None:
+            self._github.remove_label(self.number, self._config.processing_label)
+
+    def _retry(self, task: Task, retry: TaskRetry) -> str:
+        if self.attempt >= self._config.max_attempts:
+            return self._failed(task, TaskFailed(f"{retry.why} ({self.attempt} attempts)", "", retry.output))
+        self.pause = self._clock.jitter(RETRY_PAUSE * 2.0 ** (self.attempt - 1))
+        log.warning("issue=%d task=%s again in %.0f s: %s", self.number, task.slug, self.pause, retry.why)
+        again = f"It will be tried again in {duration(self.pause)}."
+        why = f"Attempt {self.attempt} did not work out: {harmless(retry.why)}"
+        self._edit_comment(blocks(why, again), retry.output)
+        return "retry"
+
+    def release(self) -> None:
+        """Puts the issue back into the queue: the runner stops."""
+        log.info("issue=%d stopped; it goes back to the queue", self.number)
+        if self.comment is not None:
+            self._edit_comment("The runner was stopped. The task is queued, and starts over when it is back.")
+            self._github.remove_label(self.number, self._config.processing_label)
+
+    def _comment(self, step: str, text: str, output: str = "", metadata: str = "") -> int:
+        body = render_comment(self._run, step, text, output, metadata)
+        return self._github.comment(self.number, body, step_marker(self._run, step), self.updated)
+
+    def _edit_comment(self, text: str, output: str = "") -> None:
+        if self.comment is not None:
+            self._github.edit_comment(self.comment, render_comment(self._run, "start", text, output))
+
+    def _patiently(self, step: Callable[[], T]) -> T:
+        return patiently(step, self._clock, self._runner.stop)
+
+
+def no_base(task: Task, remote: Remote) -> TaskFailed:
+    """Why there is nothing to start from."""
+    if not task.base:
+        return TaskFailed(f"{task.target_repo} has no commit to start from.")
+    why = f"{task.target_repo} has no branch {code(task.base)}."
+    return TaskFailed(why, f"Its default branch is {code(remote.default_branch)}.")
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop: poll, admit, wait; until told to stop.
+
+
+class Runner:
+    """The daemon: hands queued issues to AGENT_MAX_CONCURRENT workers, oldest first.
+
+    `stop` ends the admission of work and every wait for GitHub, `kill` ends the agents, `wake`
+    ends the wait for the next tick.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock | None = None,
+        new_run: Callable[[], str] = lambda: secrets.token_hex(8),
+    ) -> None:
+        self.config, self.clock, self.new_run = config, clock or Clock(), new_run
+        self.stop, self.kill, self.wake = threading.Event(), threading.Event(), threading.Event()
+        self.github = GitHub(config, self.clock, self.stop)
+        self.git = Git(config)
+        self.queue = Queue(config, self.github)
+        self.outcomes: Counter[str] = Counter()
+        self._pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="task")
+        self._running: dict[Future[str], Attempt] = {}
+        self._again: list[tuple[float, Attempt]] = []
+        self._next_poll = self.clock.monotonic()
+        self._polls_failed = 0
+
+    def run_forever(self) -> None:
+        """Works until `stop` is set, then lets what runs come to an end."""
+        log.info("watching %s for the label %s", self.config.dispatch_repo, self.config.task_label)
+        while not self.stop.is_set():
+            try:
+                self.tick()
+            except Exception:
+                log.exception("a fault of the runner; it goes on")
+            self._rest(self._next_poll)
+        self._drain()
+
+    def run_once(self) -> None:
+        """One poll and its tasks. Raises Unreachable or ApiRefused if the poll does not work."""
+        self.queue.poll()
+        self._work_off()
+
+    def run_issue(self, number: int) -> None:
+        """One issue, if it is queued."""
+        self.queue.waiting[number] = ""
+        self._work_off()
+
+    def tick(self) -> None:
+        """One turn of the loop, without waiting: collect, poll if it is time, admit."""
+        self._collect()
+        if self.clock.monotonic() >= self._next_poll:
+            self._poll()
+        self._admit()
+
+    def request_stop(self, now: bool = False) -> None:
+        """Begins the end; `now` ends the agents as well."""
+        if now:
+            self.kill.set()
+        self.stop.set()
+        self.wake.set()
+
+    def request_poll(self) -> None:
+        """Has the queue read now."""
+        self._next_poll = self.clock.monotonic()
+        self.wake.set()
+
+    def _poll(self) -> None:
+        """Reads the queue; after a failure again soon, then less and less soon."""
+        pause = self.config.poll_interval
+        self._next_poll = self.clock.monotonic() + pause
+        try:
+            self.queue.poll()
+            self._polls_failed = 0
+        except Stopping:
+            return
+        except RunnerError as error:
+            self._polls_failed += 1
+            pause = self.clock.jitter(min(pause, 2.0 ** min(self._polls_failed, 10)))
+            log.error("cannot read the queue: %s; next try in %.0f s", explain(error), pause)
+            self._next_poll = self.clock.monotonic() + pause
+
+    def _admit(self) -> None:
+        """Starts as much of what is due as there are free workers, oldest first."""
+        now = self.clock.monotonic()
+        due = [entry for entry in self._again if entry[0] <= now]
+        known = {attempt.number for attempt in (*self._running.values(), *(a for _, a in self._again))}
+        fresh = sorted(self.queue.waiting.keys() - known)
+        free = self.config.max_concurrent - len(self._running)
+        for entry in due[:free]:
+            self._again.remove(entry)
+            self._start(entry[1])
+        for number in fresh[: max(0, free - len(due))]:
+            self._start(Attempt(self, number))
+
+    def _start(self, attempt: Attempt) -> None:
+        attempt.updated = self.queue.waiting.pop(attempt.number, "")
+        future = self._pool.submit(self._attempt, attempt)
+        self._running[future] = attempt
+        future.add_done_callback(lambda _: self.wake.set())
+
+    def _attempt(self, attempt: Attempt) -> str:
+        """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""
+        try:
+            return attempt.run()
+        except Stopping:
+            return "stopped"
+        except RunnerError as error:
+            log.error("issue=%d cannot be told how it ended: %s", attempt.number, explain(error))
+        except Exception:
+            log.exception("issue=%d a fault of the runner", attempt.number)
+        return "failed"
+
+    def _collect(self) -> None:
+        """Takes note of the attempts that have ended."""
+        for future in [future for future in self._running if future.done()]:
+            attempt, outcome = self._running.pop(future), future.result()
+            if outcome == "retry":
+                again = Attempt(self, attempt.number, attempt.attempt + 1, attempt.comment)
+                self._again.append((self.clock.monotonic() + attempt.pause, again))
+            else:
+                self.outcomes[outcome] += 1
+                self.queue.handled(attempt.number, attempt.updated)
+
+    def _rest(self, until: float) -> None:
+        """Waits for the next thing to do, or for somebody who knows of one."""
+        if len(self._running) < self.config.max_concurrent:
+            until = min([until, *(due for due, _ in self._again)])
+        self.clock.wait(self.wake, max(0.0, until - self.clock.monotonic()))
+        self.wake.clear()
+
+    def _work_off(self) -> None:
+        """Works until nothing is queued, in work or waiting for another attempt."""
+        while not self.stop.is_set():
+            self._collect()
+            self._admit()
+            if not self._running and not self._again:
+                break
+            self._rest(self.clock.monotonic() + self.config.poll_interval)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Lets the agents finish for AGENT_DRAIN_SECONDS, then ends them; puts back what waits."""
+        deadline = self.clock.monotonic() + self.config.drain_seconds
+        self._collect()
+        if self._running:
+            log.info("stopping: %d task(s) in work", len(self._running))
+        while self._running and not self.kill.is_set() and self.clock.monotonic() < deadline:
+            self.clock.wait(self.wake, deadline - self.clock.monotonic())
+            self.wake.clear()
+            self._collect()
+        self.kill.set()
+        self._pool.shutdown()
+        self._collect()
+        for _, attempt in self._again:
+            with contextlib.suppress(RunnerError):
+                attempt.release()
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line.
+
+EPILOG = """\
+Everything else is set by environment variables, or in a file .env in the current folder; README.md
+lists them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one
+ends it now, SIGHUP looks for work at once. Exit codes: 0 all well, 1 something failed, 2 set up
+wrongly.
+"""
+
+
+class Finding(NamedTuple):
+    """One line of `--check`: whether it holds, what it is, and what to do if it does not."""
+
+    good: bool
+    what: str
+    advice: str = ""
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """What a task will need, tried out without changing anything on GitHub."""
+    runner = Runner(config)
+    yield examine_git(runner.git)
+    yield examine_state(config)
+    yield examine_agent(config)
+    for repo, right in ((config.dispatch_repo, "triage"), (config.target_repo, "push")):
+        try:
+            data = runner.github.request("GET", f"/repos/{repo}").data
+            good = bool(data.get("permissions", {}).get(right))
+            yield Finding(good, f"{repo}: the token's user has the right to {right}", ADVICE[403])
+            if repo == config.dispatch_repo:
+                yield Finding(bool(data["has_issues"]), f"{repo}: issues are on", "Turn them on in Settings.")
+        except RunnerError as error:
+            yield Finding(False, f"{repo}: {error}", getattr(error, "advice", ""))
+    try:
+        branch = Mirror(runner.git, config.state_dir, config.target_repo).look("HEAD").default_branch
+        yield Finding(
+            bool(branch), f"git reads {config.target_repo}, branch {branch}", "Push a first commit."
+        )
+    except RunnerError as error:
+        yield Finding(False, f"git: {error}", getattr(error, "advice", ""))
+
+
+def examine_git(git: Git) -> Finding:
+    """Settings by environment, on which the token's safety rests, came with git 2.31."""
+    advice = "Install git 2.31 or newer."
+    try:
+        version = git("version", git_dir=Path("/")).split()[2]
+    except (OSError, GitFailed) as error:
+        return Finding(False, f"git does not start: {error}", advice)
+    return Finding([int(n) for n in re.findall(r"\d+", version)[:2]] >= [2, 31], f"git {version}", advice)
+
+
+def examine_state(config: Config) -> Finding:
+    try:
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.state_dir).close()
+    except OSError as error:
+        advice = "Set AGENT_STATE_DIR to a folder that the runner may write to."
+        return Finding(False, f"{config.state_dir}: {error.strerror}", advice)
+    return Finding(True, f"{config.state_dir} can be written to")
+
+
+def examine_agent(config: Config) -> Finding:
+    """A plug-in is loaded; the built-ins were looked at with the variables."""
+    what = f"process_task: {config.process_task}"
+    if config.process_task in ("patch", "command"):
+        return Finding(True, what)
+    env = {name: config.env[name] for name in ("PATH", *config.agent_env) if name in config.env}
+    done = run_process(plugin_command(config), cwd=Path("/"), env=env, timeout=60, merged=True)
+    reason = "" if not done.code else f": {last_lines(done.output).splitlines()[-1]}"
+    return Finding(not done.code, what + reason, "Mend the plug-in, or AGENT_PROCESS_TASK.")
+
+
+def report(findings: Iterator[Finding]) -> int:
+    """Prints findings as they come in; the exit code."""
+    code = 0
+    for finding in findings:
+        print("✓" if finding.good else "✗", finding.what, flush=True)
+        if not finding.good:
+            code = 1
+            print("  →", finding.advice, flush=True)
+    return code
+
+
+class _Format(logging.Formatter):
+    """One line an event, without secrets."""
+
+    def __init__(self, *secret: str) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._secret = secret
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        for secret in self._secret:
+            text = text.replace(secret, "***")
+        return text
+
+
+def watch_signals(runner: Runner) -> None:
+    """SIGTERM and SIGINT stop the runner, a second one at once; SIGHUP has it look for work.
+
+    A handler could interrupt the main thread while it holds the very lock that `Event.set` takes.
+    So the signals only write a byte, and a thread acts on it.
+    https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+
+    def act() -> None:
+        with writer:
+            while number := reader.recv(1):
+                if number[0] == signal.SIGHUP:
+                    runner.request_poll()
+                elif number[0] in (signal.SIGTERM, signal.SIGINT):
+                    runner.request_stop(now=runner.stop.is_set())
+
+    threading.Thread(target=act, name="signals", daemon=True).start()
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Turns labelled GitHub issues into pull requests with the agent of your choice.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
+    how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
+    how.add_argument("--check", action="store_true", help="look whether everything is in place")
+    how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
+    how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
+    return parser.parse_args(arguments)
+
+
+def run(config: Config, once: bool, issue: int | None) -> int:
+    """The daemon, or one round of it; the exit code."""
+    if not (agent := examine_agent(config)).good:
+        log.error("cannot start: %s. %s", agent.what, agent.advice)
+        return 2
+    runner = Runner(config)
+    watch_signals(runner)
+    try:
+        if once:
+            runner.run_once()
+        elif issue is not None:
+            runner.run_issue(issue)
+        else:
+            runner.run_forever()
+            return 0
+    except RunnerError as error:
+        log.error("cannot read the queue: %s", explain(error))
+        return 1
+    good = {"done", "skipped"} if once else {"done"}
+    return 0 if runner.outcomes.keys() <= good else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.plugin:
+        serve_plugin(options.plugin, sys.stdin.read())
+        return 0
+    # Read, not loaded: what is in .env must not get into the environment that others inherit.
+    file = dotenv_values(Path.cwd() / ".env", interpolate=False)
+    env = {name: value or "" for name, value in file.items()} | os.environ
+    try:
+        config = Config.from_env(env)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format(config.token))
+    logging.basicConfig(level=config.log_level, handlers=[handler], force=True)
+    for warning in config.unknown():
+        log.warning("%s", warning)
+    if options.check:
+        return report(examine(config))
+    return run(config, options.once, options.issue)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What the tests share: a stand-in GitHub with two repositories, and ways to start the runner."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openapi_check import check_request
+from standin import Issue, Pull, RecordedRequest, StandIn
+
+import runner as runner_module
+from runner import Clock, Config, Runner
+
+RUNNER = Path(runner_module.__file__)
+DISPATCH = "acme/dispatch"
+TARGET = "acme/widgets"
+TASK_ID = "3f0c1f6e-6a0e-4a52-9b6e-0f8d6f3c2b11"
+PATCH = """\
+```diff
+--- a/README.md
++++ b/README.md
+@@ -1 +1,2 @@
+ # Widgets
++More of them.
+```
+"""
+
+
+class FakeClock(Clock):
+    """A clock that stands still until somebody waits; then it is later at once."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.waits: list[float] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if seconds:
+            self.waits.append(seconds)
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        if not event.is_set():
+            self.sleep(seconds)
+        return event.is_set()
+
+    def jitter(self, seconds: float) -> float:
+        return seconds
+
+
+class World:
+    """The stand-in, the settings that point to it, and short ways to what tests want of both."""
+
+    def __init__(self, github: StandIn, folder: Path) -> None:
+        self.github, self.folder = github, folder
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "GITHUB_TOKEN": github.token,
+            "GITHUB_API_URL": github.api_url,
+            "GITHUB_SERVER_URL": github.server_url,
+            "AGENT_DISPATCH_REPO": DISPATCH,
+            "AGENT_TARGET_REPO": TARGET,
+            "AGENT_STATE_DIR": str(folder / "state"),
+            "AGENT_WRITE_INTERVAL": "0",
+        }
+
+    def config(self, **env: str) -> Config:
+        return Config.from_env(self.env | env)
+
+    def runner(self, clock: Clock | None = None, **env: str) -> Runner:
+        return Runner(self.config(**env), clock)
+
+    def run_once(self, **env: str) -> Runner:
+        """One poll and its tasks, in this process."""
+        runner = Runner(self.config(**env))
+        runner.run_once()
+        return runner
+
+    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """`python runner.py ...` as a process of its own, in an empty folder."""
+        (self.folder / "cwd").mkdir(exist_ok=True)
+        passed_on = {k: v for k, v in os.environ.items() if k.startswith("COVERAGE")}
+        return subprocess.Popen(
+            [sys.executable, str(RUNNER), *arguments],
+            cwd=self.folder / "cwd",
+            env={**passed_on, **self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def open(self, body: str | None = PATCH, title: str = "Make more widgets", **more: Any) -> int:
+        return self.github.open_issue(DISPATCH, title=title, body=body, **more)
+
+    def issue(self, number: int = 1) -> Issue:
+        return self.github.issue(DISPATCH, number)
+
+    def pull(self) -> Pull:
+        """The only pull request of the target."""
+        (pull,) = self.github.pulls(TARGET)
+        return pull
+
+    def last_comment(self, number: int = 1) -> str:
+        return self.issue(number).comments[-1].body
+
+    def requests(self, method: str = "", path: str = "") -> list[RecordedRequest]:
+        return [r for r in self.github.rest() if method in r.method and path in r.path]
+
+    def labels(self, number: int = 1) -> list[str]:
+        return sorted(self.issue(number).labels)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """A started stand-in. A request that GitHub would not know fails the test."""
+    with StandIn(tmp_path / "github", check=check_request) as github:
+        github.add_repository(DISPATCH)
+        github.add_repository(TARGET, files={"README.md": "# Widgets\n", "src/app.py": "print(1)\n"})
+        yield World(github, tmp_path)
+        assert github.problems == []
+
+
+@pytest.fixture
+def config() -> Config:
+    """Settings for what needs no GitHub."""
+    return make_config()
+
+
+def make_config(env: Mapping[str, str] | None = None, **changes: Any) -> Config:
+    base = {"GITHUB_TOKEN": "t0ken", "AGENT_DISPATCH_REPO": DISPATCH, "AGENT_TARGET_REPO": TARGET}
+    return dataclasses.replace(Config.from_env(base | dict(env or {})), **changes)
+
+
+def issue_json(body: str | None = "Do it.", **fields: Any) -> dict[str, Any]:
+    """An issue as GitHub's API gives it."""
+    return {
+        "number": 7,
+        "title": "A title",
+        "body": body,
+        "state": "open",
+        "labels": [{"name": "copilot-agent"}],
+        "user": {"login": "octocat"},
+        "author_association": "OWNER",
+        "html_url": "https://github.com/acme/dispatch/issues/7",
+        "updated_at": "2026-01-01T00:00:00Z",
+        **fields,
+    }
