@@ -1,0 +1,297 @@
+"""The client: limits, faults, redirects, lost answers. Each request is really sent."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DISPATCH, TARGET, FakeClock, World
+from standin import Fault
+
+import runner as runner_module
+from runner import LABELS, ApiRefused, GitHub, Stopping, Unreachable
+
+ISSUES = f"/repos/{DISPATCH}/issues"
+
+
+class Client:
+    """A client with a clock of its own, and what it waited for."""
+
+    def __init__(self, world: World, **env: str) -> None:
+        self.clock, self.stop = FakeClock(), threading.Event()
+        self.github = GitHub(world.config(**env), self.clock, self.stop)
+
+    def comment(self, number: int, run: str = "r1") -> int:
+        marker = f"<!-- agent-runner run={run} step=end -->"
+        return self.github.comment(number, f"Done.\n\n{marker}", marker, "2020-01-01T00:00:00Z")
+
+
+@pytest.fixture
+def client(world: World) -> Client:
+    return Client(world)
+
+
+def test_nothing_is_sent_for_as_long_as_retry_after_says(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=403, headers={"retry-after": "7"}))
+    client.github.request("GET", "/user")
+    assert client.clock.waits == [7]
+    assert [r.status for r in world.requests()] == [403, 200]
+
+
+def test_a_limit_stops_the_other_threads_too(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(path="/user", status=429, headers={"retry-after": "30"}))
+    threads = [threading.Thread(target=client.github.request, args=("GET", "/user")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert client.clock.waits == [30]
+    assert len(world.requests()) == 5
+
+
+def test_a_limit_without_headers_is_waited_out_twice_as_long_each_time(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=429, times=3))
+    client.github.request("GET", "/user")
+    assert client.clock.waits == [60, 120, 240]
+    client.clock.waits.clear()
+    world.github.faults.append(Fault(status=429))
+    client.github.request("GET", "/user")
+    assert client.clock.waits == [60]
+
+
+def test_a_used_up_quota_is_waited_out_by_the_servers_clock(world: World, client: Client) -> None:
+    client.clock.now -= 86_400  # a clock that is a day off
+    world.github.rate_remaining = 0
+    world.github.rate_reset = int(world.github.now()) + 500
+
+    def refill() -> None:
+        world.github.rate_remaining = 100
+
+    world.github.faults.append(Fault(after=1, action=refill))
+    client.github.request("GET", "/user")
+    (waited,) = client.clock.waits
+    assert 499 <= waited <= 502
+
+
+def test_the_last_request_of_the_quota_is_the_last_one_sent(world: World, client: Client) -> None:
+    world.github.rate_remaining = 1
+    world.github.rate_reset = int(world.github.now()) + 500
+    client.github.request("GET", "/user")
+    assert client.clock.waits == []
+    client.stop.set()
+    with pytest.raises(Stopping):
+        client.github.request("GET", "/user")
+    assert len(world.requests()) == 1
+
+
+def test_a_refusal_is_not_taken_for_a_limit(world: World, client: Client) -> None:
+    message = {"message": "Resource not accessible by personal access token"}
+    world.github.faults.append(Fault(status=403, body=message))
+    with pytest.raises(ApiRefused, match="not accessible") as refused:
+        client.github.request("GET", "/user")
+    assert "permissions" in refused.value.advice
+    assert client.clock.waits == []
+
+
+def test_writes_are_spaced_and_reads_are_not(world: World) -> None:
+    client, number = Client(world, AGENT_WRITE_INTERVAL="1.5"), world.open()
+    for run in ("a", "b", "c"):
+        client.comment(number, run)
+        client.github.issue(number)
+    assert client.clock.waits == [1.5, 1.5]
+
+
+def test_a_read_is_repeated_until_github_is_back(world: World, client: Client) -> None:
+    number = world.open()
+    world.github.faults += [Fault(status=502), Fault(status=500), Fault(drop="before")]
+    assert client.github.issue(number)["number"] == number
+    assert client.clock.waits == [1, 2, 4]
+
+
+def test_patience_ends(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=503, times=None))
+    with pytest.raises(Unreachable, match="503"):
+        client.github.issue(1)
+    assert 800 < sum(client.clock.waits) <= 900
+
+
+def test_stopping_ends_patience(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=503, times=None))
+    client.stop.set()
+    with pytest.raises(Stopping):
+        client.github.issue(1)
+    assert len(world.requests()) == 1
+
+
+@pytest.mark.parametrize("fault", [{"drop": "before"}, {"drop": "after"}, {"status": 500}, {"status": 502}])
+def test_a_comment_is_made_once_whatever_becomes_of_the_answer(
+    world: World, client: Client, fault: dict[str, Any]
+) -> None:
+    number = world.open()
+    world.github.faults.append(Fault(method="POST", path=".*/comments", **fault))
+    comment = client.comment(number)
+    assert [c.id for c in world.issue(number).comments] == [comment]
+
+
+def test_a_comment_is_found_on_a_later_page(world: World, client: Client) -> None:
+    number = world.open()
+    for index in range(120):
+        world.github.comment(DISPATCH, number, f"comment {index}")
+    world.github.faults.append(Fault(method="POST", path=".*/comments", drop="after"))
+    client.comment(number)
+    assert len(world.issue(number).comments) == 121
+    assert any(r.path.startswith("/repositories/") for r in world.requests("GET"))
+
+
+def test_another_runs_comment_is_not_taken_for_this_ones(world: World, client: Client) -> None:
+    number = world.open()
+    client.comment(number, "r1")
+    world.github.faults.append(Fault(method="POST", path=".*/comments", drop="before"))
+    client.comment(number, "r2")
+    assert len(world.issue(number).comments) == 2
+
+
+def test_an_edit_and_a_label_are_repeated_without_looking(world: World, client: Client) -> None:
+    number = world.open()
+    comment = client.comment(number)
+    world.github.faults += [Fault(method=m, drop="after") for m in ("PATCH", "POST", "DELETE")]
+    client.github.edit_comment(comment, "Better.")
+    client.github.add_label(number, "agent-done", LABELS["done"])
+    client.github.remove_label(number, "agent-done")
+    assert world.issue(number).comments[0].body == "Better."
+    assert world.labels(number) == ["copilot-agent"]
+
+
+def test_a_label_that_the_repository_lacks_gets_colour_and_description(world: World, client: Client) -> None:
+    first, second = world.open(), world.open()
+    for number in (first, second):
+        client.github.add_label(number, "agent-done", LABELS["done"])
+    label = client.github.request("GET", f"/repos/{DISPATCH}/labels/agent-done").data
+    assert (label["color"], label["description"]) == LABELS["done"]
+    assert len(world.requests("PATCH")) == 1
+
+
+def test_a_label_that_somebody_made_is_left_as_it_is(world: World, client: Client) -> None:
+    body = {"name": "Agent-Done", "color": "123456", "description": "mine"}
+    client.github.request("POST", f"/repos/{DISPATCH}/labels", body)
+    client.github.add_label(world.open(), "agent-done", LABELS["done"])
+    assert world.requests("PATCH") == []
+
+
+def test_taking_off_a_label_that_is_not_there_is_no_error(world: World, client: Client) -> None:
+    client.github.remove_label(world.open(), "no such: label/with signs")
+    assert [r.status for r in world.requests("DELETE")] == [404]
+
+
+def test_taking_off_a_label_without_permission_is_one(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(method="DELETE", status=403))
+    with pytest.raises(ApiRefused, match="403"):
+        client.github.remove_label(world.open(), "copilot-agent")
+
+
+@pytest.fixture
+def branch(world: World) -> str:
+    world.github.git(TARGET, "branch", "agent-task-1", "main")
+    world.github.commit(TARGET, {"new.txt": "new\n"}, branch="agent-task-1")
+    return "agent-task-1"
+
+
+def pull_fields() -> dict[str, str]:
+    return {"title": "Agent task: x", "base": "main", "body": "text"}
+
+
+@pytest.mark.parametrize("fault", [{}, {"drop": "before"}, {"drop": "after"}, {"status": 500}])
+def test_a_pull_request_is_opened_once_whatever_becomes_of_the_answer(
+    world: World, client: Client, branch: str, fault: dict[str, Any]
+) -> None:
+    if fault:
+        world.github.faults.append(Fault(method="POST", path=".*/pulls", **fault))
+    pull = client.github.open_pull(TARGET, branch, pull_fields())
+    assert pull["number"] == world.pull().number
+
+
+def test_an_open_pull_request_is_adopted(world: World, client: Client, branch: str) -> None:
+    first = client.github.open_pull(TARGET, branch, pull_fields())
+    again = client.github.open_pull(TARGET, branch, pull_fields())
+    assert first["number"] == again["number"] == world.pull().number
+
+
+def test_a_closed_pull_request_is_not_adopted(world: World, client: Client, branch: str) -> None:
+    first = client.github.open_pull(TARGET, branch, pull_fields())
+    client.github.request("PATCH", f"/repos/{TARGET}/pulls/{first['number']}", {"state": "closed"})
+    assert client.github.find_pull(TARGET, branch) is None
+    assert client.github.open_pull(TARGET, branch, pull_fields())["number"] != first["number"]
+
+
+def test_what_else_is_wrong_with_a_pull_request_is_told(world: World, client: Client) -> None:
+    world.github.commit(TARGET, {"x": "y"})
+    world.github.git(TARGET, "branch", "same", "main")
+    with pytest.raises(ApiRefused, match="No commits between"):
+        client.github.open_pull(TARGET, "same", pull_fields())
+
+
+def test_a_moved_repository_is_followed_with_method_and_body(world: World, client: Client) -> None:
+    number = world.open()
+    world.github.repository(DISPATCH).moved_to = "acme/elsewhere"
+    client.comment(number)
+    assert [r.status for r in world.requests("POST")] == [307, 201]
+    assert client.github.request("GET", ISSUES).data[0]["number"] == number
+
+
+def test_a_redirect_to_another_host_is_refused_and_the_token_stays(world: World, client: Client) -> None:
+    elsewhere = world.github.api_url.replace("127.0.0.1", "localhost") + "/user"
+    world.github.faults.append(Fault(status=307, headers={"Location": elsewhere}))
+    with pytest.raises(ApiRefused, match="another host, localhost"):
+        client.github.request("GET", "/user")
+    assert len(world.requests()) == 1
+
+
+def test_a_redirect_without_end_is_an_error(world: World, client: Client) -> None:
+    here = world.github.api_url + "/user"
+    world.github.faults.append(Fault(status=301, headers={"Location": here}, times=None))
+    with pytest.raises(ApiRefused, match="without end"):
+        client.github.request("GET", "/user")
+
+
+def test_an_issue_that_is_not_there_any_more_is_refused(world: World, client: Client) -> None:
+    moved, deleted = world.open(), world.open()
+    world.issue(moved).transferred_to = f"{TARGET}#1"
+    world.issue(deleted).deleted = True
+    for number in (moved, deleted, 99):
+        with pytest.raises(ApiRefused):
+            client.github.issue(number)
+    assert [r.status for r in world.requests()] == [301, 410, 404]
+
+
+def test_a_netrc_file_does_not_replace_the_token(
+    world: World, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    client.github.request("GET", "/user")
+    assert world.requests()[0].headers["authorization"] == f"Bearer {world.github.token}"
+
+
+def test_a_request_without_an_answer_ends(
+    world: World, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "HTTP_TIMEOUT", (0.2, 0.2))
+    world.github.faults.append(Fault(delay=1))
+    with pytest.raises(Unreachable, match="timed out"):
+        client.github.request("GET", "/user")
+
+
+def test_github_being_away_is_told_in_a_few_words(world: World, client: Client) -> None:
+    world.github.stop()
+    with pytest.raises(Unreachable) as away:
+        client.github.request("GET", "/user")
+    assert re.fullmatch(r"no answer to GET /user: .*Connection refused", str(away.value))
+
+
+def test_an_answer_that_is_not_json_is_a_fault_of_github(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=502, body="<html>"))
+    with pytest.raises(Unreachable, match="502"):
+        client.github.request("GET", "/user")
