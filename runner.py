@@ -339,7 +339,7 @@ class Config:
 # The task: an issue parsed into a value, and a value rendered into what people and programs read.
 # Pure functions; every one takes time in proportion to the length of its text.
 
-METADATA_START = re.compile(r"<!--\s*agent_task_metadata(?=[\s{])", re.IGNORECASE)
+METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)")
 KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
 INSTRUCTION_HEADING = re.compile(r"#{1,6}[ \t]+instructions?[ \t]*#*[ \t]*", re.IGNORECASE)
@@ -425,16 +425,20 @@ def outside_fences(text: str) -> str:
 
 
 def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
-    """The `agent_task_metadata` comments outside code fences: (start, end, content or None)."""
+    """The `agent_task_metadata` comments outside code fences: (start, end, content or None).
+
+    A `-->` within a JSON string does not end the comment, although a browser would say so.
+    """
     plain, found, at = outside_fences(text), [], 0
     while match := METADATA_START.search(plain, at):
-        close = plain.find("-->", match.end())
-        if close < 0:
+        content, at = None, plain.find("-->", match.end()) + len("-->")
+        if at < len("-->"):
             break
-        at, content = close + len("-->"), None
         with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(text[match.end() : close])
-        found.append((match.start(), at, content if isinstance(content, dict) else None))
+            value, end = json.JSONDecoder().raw_decode(text, match.end())
+            if isinstance(value, dict) and (close := re.compile(r"\s*-->").match(text, end)):
+                content, at = value, close.end()
+        found.append((match.start(), at, content))
     return found
 
 
@@ -509,7 +513,7 @@ def encodable(text: object) -> str:
 
 
 def is_trusted(issue: Mapping[str, Any], config: Config) -> bool:
-    """Whether the author may give work: somebody with write access, or on the owner's list.
+    """Whether the author may give work: of the repository's own people, or on the owner's list.
 
     https://docs.github.com/graphql/reference/enums#commentauthorassociation
     """
@@ -558,7 +562,7 @@ def check_task(task: Task, config: Config) -> None:
     """Raises TaskFailed for a task that must not or cannot be run."""
     owner = "the runner's owner can"
     if not task.trusted:
-        advice = f"Somebody with write access can open the issue, or {owner} add to AGENT_ALLOWED_AUTHORS."
+        advice = f"An owner, member or collaborator can open the issue, or {owner} set AGENT_ALLOWED_AUTHORS."
         raise TaskFailed(f"{code(task.author)} may not give work to this runner.", advice)
     if not REPO_NAME.fullmatch(task.target_repo) or not config.allows_target(task.target_repo):
         advice = f"Name another target, or {owner} add it to AGENT_ALLOWED_TARGETS."
@@ -1055,6 +1059,8 @@ class Queue:
     def handled(self, number: int, updated: str) -> None:
         """Remembers how new the issue was when it was run: a list that lags shows it unrun."""
         self._handled[number] = updated
+        if self.waiting.get(number, "") <= updated:
+            self.waiting.pop(number, None)
 
     def _read(self) -> tuple[dict[str, Page], float]:
         """The list's pages by their addresses, and the server's time when it was begun."""
@@ -1241,20 +1247,32 @@ class Git:
         return done.out.decode("utf-8", "surrogateescape")
 
 
+REMOTE_FAILURES = (  # what git says: what it means, and what to do
+    (
+        r"without `workflows?` (scope|permission)",
+        "{repo} does not let this token push workflows.",
+        "Give the token the `workflow` scope, or leave `.github/workflows` alone.",
+    ),
+    (r"returned error: 30\d|redirect", "{repo} has moved.", "Use its new name."),
+    (
+        r"not found|could not read username|authentication failed|returned error: 40[134]",
+        "{repo} cannot be read or pushed to: it does not exist, or the token may not.",
+        ADVICE[404] + " README.md lists the permissions.",
+    ),
+    (r"declined|protected|GH\d{3}", "{repo} refuses the branch.", "See what its rules say about branches."),
+)
+
+
 def remote_failure(failure: GitFailed, repo: str) -> RunnerError:
     """What git's words about a remote mean for the task at hand."""
-    text = failure.text.lower()
-    if "without `workflow` scope" in text or "without `workflows` permission" in text:
-        why = "The change touches `.github/workflows`, which the token may not push."
-        return TaskFailed(
-            why, "Give the token the `workflow` scope, or leave the workflows alone.", failure.text
-        )
-    if re.search(r"returned error: 30\d|redirect", text):
-        return TaskFailed(f"{repo} has moved.", "Use its new name.", failure.text)
-    if re.search(r"not found|could not read username|authentication failed|error: 40[134]", text):
-        why = f"{repo} cannot be read or pushed to: it does not exist, or the token may not."
-        return TaskFailed(why, ADVICE[404] + " README.md lists the permissions.", failure.text)
-    return Unreachable(f"git cannot reach {repo}: {failure.text.splitlines()[-1]}")
+    for pattern, why, advice in REMOTE_FAILURES:
+        if re.search(pattern, failure.text, re.IGNORECASE):
+            return TaskFailed(why.format(repo=repo), advice, failure.text)
+    if "rejected]" in failure.text:
+        return TaskRetry(f"{repo} has got the branch from somebody else meanwhile.", failure.text)
+    lines = failure.text.splitlines()
+    said = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
+    return Unreachable(f"git cannot reach {repo}: {said}")
 
 
 class Remote(NamedTuple):
@@ -1452,10 +1470,9 @@ class Checkout:
         try:
             self._run(*command, f"{commit}:{ref}", remote=True)
         except GitFailed as failure:
-            if "[rejected]" not in failure.text:
+            # It may have got through, now or before, and its answer not.
+            if self._mirror.look(ref).refs.get(ref) != commit:
                 raise remote_failure(failure, repo) from failure
-            if self._mirror.look(ref).refs.get(ref) != commit:  # not by this push, its answer lost
-                raise TaskRetry(f"The branch {branch} came into being meanwhile.") from failure
 
     def remove(self) -> None:
         """Deletes the folder, also what the agent made unreadable."""
@@ -1678,7 +1695,8 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
 
 def explain(error: RunnerError) -> str:
     """An error and, if it has one, the advice that goes with it."""
-    return " ".join(filter(None, [str(error), getattr(error, "advice", "")]))
+    advice = getattr(error, "advice", "")
+    return f"{str(error).rstrip('.')}. {advice}" if advice else str(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1707,12 +1725,14 @@ class Attempt:
         if (issue := self._read_again()) is None:
             return "skipped"
         task = parse_task(issue, self._config, self.attempt)
+        # Outside the `try`: a runner that may not label must not comment either, poll after poll.
+        self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
         try:
             check_task(task, self._config)
             self._announce(task)
             return self._done(task, self._carry_out(task))
         except Stopping:
-            self.release()
+            self.release("The runner was stopped. The task is queued, and starts over when it is back.")
             return "stopped"
         except TaskRetry as retry:
             return self._retry(task, retry)
@@ -1733,15 +1753,15 @@ class Attempt:
         if is_queued(issue, self._config, ours=self.attempt > 1):
             return issue
         labels = ", ".join(label["name"] for label in issue["labels"]) or "none"
-        log.warning("issue=%d skipped, since it is not open and queued; labels: %s", self.number, labels)
+        log.warning("issue=%d skipped: it is %s, its labels: %s", self.number, issue["state"], labels)
+        if self.attempt > 1:
+            self.release("It is not tried again: the issue was closed, or lost its label.")
         return None
 
     def _announce(self, task: Task) -> None:
-        """Labels and comments: the task is in work."""
         log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
         text = f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}."
         if self.comment is None:
-            self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
             self.comment = self._comment("start", text)
         else:
             self._edit_comment(text)
@@ -1796,9 +1816,9 @@ class Attempt:
         return self._github.open_pull(task.target_repo, task.branch, wanted)
 
     def _done(self, task: Task, pull: Mapping[str, Any]) -> str:
-        log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
         rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
         self._close(task, "done", f"Done: {pull['html_url']}", rows)
+        log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
         return "done"
 
     def _failed(self, task: Task, failure: TaskFailed) -> str:
@@ -1816,8 +1836,7 @@ class Attempt:
         self._comment("end", blocks(text, table(details)), output, metadata_comment(task.metadata))
         label = self._config.done_label if end == "done" else self._config.failed_label
         self._github.add_label(self.number, label, LABELS[end])
-        if self.comment is not None:
-            self._github.remove_label(self.number, self._config.processing_label)
+        self._github.remove_label(self.number, self._config.processing_label)
 
     def _retry(self, task: Task, retry: TaskRetry) -> str:
         if self.attempt >= self._config.max_attempts:
@@ -1829,12 +1848,11 @@ class Attempt:
         self._edit_comment(blocks(why, again), retry.output)
         return "retry"
 
-    def release(self) -> None:
-        """Puts the issue back into the queue: the runner stops."""
-        log.info("issue=%d stopped; it goes back to the queue", self.number)
-        if self.comment is not None:
-            self._edit_comment("The runner was stopped. The task is queued, and starts over when it is back.")
-            self._github.remove_label(self.number, self._config.processing_label)
+    def release(self, why: str) -> None:
+        """Takes the issue out of work without an end."""
+        log.info("issue=%d released: %s", self.number, why)
+        self._edit_comment(why)
+        self._github.remove_label(self.number, self._config.processing_label)
 
     def _comment(self, step: str, text: str, output: str = "", metadata: str = "") -> int:
         body = render_comment(self._run, step, text, output, metadata)
@@ -2014,7 +2032,9 @@ class Runner:
         self._collect()
         for _, attempt in self._again:
             with contextlib.suppress(RunnerError):
-                attempt.release()
+                attempt.release(
+                    "The runner was stopped. The task is queued, and starts over when it is back."
+                )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2039,18 +2059,19 @@ class Finding(NamedTuple):
 def examine(config: Config) -> Iterator[Finding]:
     """What a task will need, tried out without changing anything on GitHub."""
     runner = Runner(config)
-    yield examine_git(runner.git)
-    yield examine_state(config)
-    yield examine_agent(config)
-    for repo, right in ((config.dispatch_repo, "triage"), (config.target_repo, "push")):
+    local = [examine_git(runner.git), examine_state(config), examine_agent(config)]
+    yield from local
+    for repo in dict.fromkeys((config.dispatch_repo, config.target_repo)):
         try:
             data = runner.github.request("GET", f"/repos/{repo}").data
-            good = bool(data.get("permissions", {}).get(right))
-            yield Finding(good, f"{repo}: the token's user has the right to {right}", ADVICE[403])
+            good = bool(data.get("permissions", {}).get("push"))
+            yield Finding(good, f"{repo}: the token's user may write", ADVICE[403])
             if repo == config.dispatch_repo:
                 yield Finding(bool(data["has_issues"]), f"{repo}: issues are on", "Turn them on in Settings.")
         except RunnerError as error:
             yield Finding(False, f"{repo}: {error}", getattr(error, "advice", ""))
+    if not all(finding.good for finding in local):
+        return
     try:
         branch = Mirror(runner.git, config.state_dir, config.target_repo).look("HEAD").default_branch
         yield Finding(
@@ -2157,9 +2178,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(config: Config, once: bool, issue: int | None) -> int:
     """The daemon, or one round of it; the exit code."""
-    if not (agent := examine_agent(config)).good:
-        log.error("cannot start: %s. %s", agent.what, agent.advice)
-        return 2
+    for finding in (examine_state(config), examine_agent(config)):
+        if not finding.good:
+            log.error("cannot start: %s. %s", finding.what, finding.advice)
+            return 2
     runner = Runner(config)
     watch_signals(runner)
     try:
@@ -2170,6 +2192,9 @@ def run(config: Config, once: bool, issue: int | None) -> int:
         else:
             runner.run_forever()
             return 0
+    except Stopping:
+        log.info("stopped before the queue was read")
+        return 1
     except RunnerError as error:
         log.error("cannot read the queue: %s", explain(error))
         return 1
@@ -2184,7 +2209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     # Read, not loaded: what is in .env must not get into the environment that others inherit.
     file = dotenv_values(Path.cwd() / ".env", interpolate=False)
-    env = {name: value or "" for name, value in file.items()} | os.environ
+    env = {name: value or "" for name, value in file.items()}
+    env |= {name: value for name, value in os.environ.items() if value or name not in env}
     try:
         config = Config.from_env(env)
     except ConfigError as error:
