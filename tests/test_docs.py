@@ -1,0 +1,389 @@
+"""What is written and what the code does are kept in step; the examples run for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RUNNER, World, issue_json, make_config
+from dotenv import dotenv_values
+
+import runner
+from runner import Config, Workspace, call_plugin, load_plugin, parse_task, scan_fences
+
+ROOT = RUNNER.parent
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs/agent-runner-setup.md"
+COMPOSE = ROOT / "docker-compose.agent-runner.yml"
+PAGES = [README, GUIDE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+ENV_LINE = re.compile(r"^#?([A-Z_]+)=(.*)$", re.MULTILINE)
+YOURS = {"AGENT_DISPATCH_REPO": "you/tasks", "AGENT_TARGET_REPO": "you/project"}
+
+
+def read(page: Path) -> str:
+    return page.read_text("utf-8")
+
+
+def fences(page: Path, language: str) -> list[str]:
+    """The contents of a page's code blocks in one language."""
+    text = read(page)
+    return [text[f.inside : f.close] for f in scan_fences(text) if f.language == language]
+
+
+def table(page: Path, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table whose first column has this heading, by their first cells."""
+    after = read(page).partition(f"\n| {heading} |")[2].split("\n")[2:]
+    rows: dict[str, list[str]] = {}
+    for line in after:
+        if not line.startswith("|"):
+            break
+        first, *others = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[first] = others
+    return rows
+
+
+def load_yaml(text: str) -> Any:
+    """PyYAML comes with openapi-core; it has no type hints here."""
+    return importlib.import_module("yaml").safe_load(text)
+
+
+# Variables.
+
+
+def test_the_readme_lists_every_variable_with_its_real_default() -> None:
+    written = {name.strip("`"): cells[0] for name, cells in table(README, "Variable").items()}
+    real = {name: spec.metadata["default"] for name, spec in Config.variables().items()}
+    assert written.keys() == real.keys()
+    for name, cell in written.items():
+        literal = re.fullmatch(r"`([^`]*)`", cell)
+        assert (literal[1] if literal else "") == real[name], name
+
+
+def test_defaults_that_depend_on_other_variables_are_as_the_readme_says(tmp_path: Path) -> None:
+    config = make_config({"AGENT_STATE_DIR": str(tmp_path)})
+    assert config.allowed_targets == (config.target_repo,)
+    assert config.allowed_authors == ()
+    assert config.home == tmp_path / "home"
+    assert config.process_task == "patch"
+    assert make_config({"AGENT_COMMAND": "git version"}).process_task == "command"
+    assert config.commit_email == "agent-runner@noreply.github.com"
+
+
+def test_the_readme_lists_what_the_agent_sees() -> None:
+    listed = re.findall(r"^\| `(AGENT_(?:TASK_\w+|SUMMARY_FILE))` \| [^`|]+ \|$", read(README), re.MULTILINE)
+    assert listed == runner.AGENT_SIDE
+
+
+def test_the_readme_names_the_permissions_the_variables_speak_of() -> None:
+    assert "README.md lists the permissions" in "".join(runner.ADVICE.values())
+    assert "### Token permissions" in read(README)
+
+
+def test_the_env_example_names_every_variable_with_its_default_once() -> None:
+    lines = ENV_LINE.findall(read(ROOT / ".env.example"))
+    assert dict(lines) == {name: spec.metadata["default"] for name, spec in Config.variables().items()}
+    assert len(lines) == len(dict(lines))
+    assert lines[0][0] == "GITHUB_TOKEN"
+
+
+@pytest.mark.parametrize("uncommented", [False, True])
+def test_the_env_example_is_a_valid_configuration(tmp_path: Path, uncommented: bool) -> None:
+    text = read(ROOT / ".env.example").replace("GITHUB_TOKEN=\n", "GITHUB_TOKEN=t0ken\n")
+    if uncommented:
+        text = ENV_LINE.sub(r"\1=\2", text)
+    (tmp_path / ".env").write_text(text, "utf-8")
+    env = {k: v or "" for k, v in dotenv_values(tmp_path / ".env", interpolate=False).items()}
+    config = Config.from_env(env)
+    assert list(config.unknown()) == []
+    plain = Config.from_env({"GITHUB_TOKEN": "t0ken"})
+    assert dataclasses.replace(config, env={}) == dataclasses.replace(plain, env={})
+
+
+def test_variables_that_the_documentation_names_exist() -> None:
+    known = {*Config.variables(), *runner.AGENT_SIDE, "AGENT_RUNNER_TOKEN"}  # the last one is a secret's name
+    for page in (*PAGES, ROOT / ".env.example", ROOT / "Dockerfile", COMPOSE):
+        assert set(re.findall(r"\bAGENT_[A-Z_]*[A-Z]\b(?!_?\*)", read(page))) <= known, page
+
+
+# Versions, options, links.
+
+
+def test_requirements_and_the_script_header_name_the_same_packages() -> None:
+    header = re.search(r"^# dependencies = \[(.*)\]$", read(RUNNER), re.MULTILINE)
+    assert header
+    assert re.findall(r'"([^"]+)"', header[1]) == read(ROOT / "requirements.txt").split()
+
+
+def test_the_changelog_has_this_version_first() -> None:
+    versions = re.findall(r"^## \[(.+?)\]", read(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == runner.__version__
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text))
+
+
+def test_every_option_is_documented_and_every_documented_option_exists() -> None:
+    helped = subprocess.run([sys.executable, str(RUNNER), "--help"], capture_output=True, text=True)
+    real = options_in(helped.stdout.partition("options:")[2].partition("\n\n")[0])
+    text = "\n".join(map(read, PAGES))
+    calls = re.findall(r"runner\.py((?: -[^\s`]+| [N\d]+)+)", text)
+    alone = re.findall(r"`(--?[a-z][a-z-]*(?: N)?)`", text)
+    assert real == options_in(" ".join(calls + alone))
+
+
+def test_the_make_targets_that_are_documented_exist() -> None:
+    documented = set(re.findall(r"\bmake ([a-z]+)\b(?=`|\s+#)", "\n".join(map(read, PAGES))))
+    targets = set(re.findall(r"^([a-z]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    assert {"demo", "test"} <= documented <= targets
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    plain = runner.outside_fences(read(page))
+    found: Counter[str] = Counter()
+    result = set()
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", plain, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        result.add(f"{slug}-{found[slug]}" if found[slug] else slug)
+        found[slug] += 1
+    return result
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", runner.outside_fences(read(page))):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+# Examples of issues and of plug-ins.
+
+
+def parse(body: str, **fields: Any) -> runner.Task:
+    return parse_task(issue_json(body, **fields), make_config(YOURS))
+
+
+def test_the_readmes_issue_is_a_task_for_the_patch_built_in() -> None:
+    (body, _) = fences(README, "markdown")
+    task = parse(body)
+    assert task.instruction.startswith("Leave a greeting.\n\n```diff\n")
+    assert (task.task_id, task.target_repo) == ("issue-7", "you/project")
+
+
+def test_the_guides_issues_say_what_their_text_says() -> None:
+    machine, person = map(parse, fences(GUIDE, "markdown"))
+    uuid = "3f0c1f6e-6a0e-4a52-9b6e-0f8d6f3c2b11"
+    assert machine.metadata == {"task_id": uuid, "user_id": "user-456", "provider": "github_issue_dispatch"}
+    assert (machine.branch, machine.target_repo) == (f"agent-task-{uuid}", "you/project")
+    assert machine.context == "issue you/project#42"
+    assert machine.instruction.startswith("Show that the runner works.")
+    assert "metadata" not in machine.instruction
+    assert (person.task_id, person.branch) == ("fix-typo", "agent-task-fix-typo")
+    assert (person.target_repo, person.instruction) == ("you/project", "Correct the spelling in the README.")
+
+
+def test_the_backends_expression_reads_the_readmes_pull_request() -> None:
+    (expression,) = (block.strip() for block in fences(GUIDE, "text") if "agent_task_metadata" in block)
+    (_, body) = fences(README, "markdown")
+    found = re.search(expression, body, re.DOTALL)
+    assert found
+    assert found[1] == '{"task_id": "greeting-1", "user_id": "user-456"}'
+    assert body.startswith(found[0])
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The README's plug-ins, loaded as the runner loads them."""
+    loaded = []
+    for index, source in enumerate(s for s in fences(README, "python") if "def process_task" in s):
+        file = tmp_path / f"readme_plugin_{index}.py"
+        file.write_text(source, "utf-8")
+        monkeypatch.setitem(sys.modules, file.stem, None)  # put back in the end
+        loaded.append(load_plugin(f"{file}:process_task"))
+    return loaded
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    (tmp_path / "tree").mkdir()
+    monkeypatch.chdir(tmp_path / "tree")
+    return Workspace(tmp_path / "tree", "main", "0" * 40)
+
+
+def test_the_readmes_plugin_does_what_it_says(plugins: list[Any], workspace: Workspace) -> None:
+    plugin = plugins[0]
+    task = parse("Please.", title="A pony")
+    assert call_plugin(plugin, task, workspace) == ("done", "Wrote the wish down.")
+    assert read(workspace.path / "WISHES.md") == "- A pony\n"
+    refused = call_plugin(plugin, parse("Delete everything!"), workspace)
+    assert refused == ("failed", "I do not do that.")
+    (workspace.path / "FROZEN").touch()
+    assert call_plugin(plugin, task, workspace) == ("retry", "The project is frozen.")
+
+
+def test_the_readmes_plugin_for_the_issue_itself_works(plugins: list[Any], workspace: Workspace) -> None:
+    assert call_plugin(plugins[1], parse("Please.", title="A pony"), workspace) == ("done", "")
+    assert read(workspace.path / "WISH.md") == "A pony\n"
+
+
+def test_the_readmes_agent_commands_are_accepted(tmp_path: Path) -> None:
+    (examples,) = (block for block in fences(README, "sh") if "AGENT_COMMAND=" in block)
+    pairs = re.findall(r"AGENT_COMMAND=(.+)\nAGENT_ENV=(.+)", examples)
+    assert len(pairs) == 3
+    for command, names in pairs:
+        program = tmp_path / command.split()[0]
+        program.touch(0o755)
+        config = make_config({"PATH": str(tmp_path), "AGENT_COMMAND": command, "AGENT_ENV": names})
+        words = runner.command_words(config, "Do it.", Path("/task.md"))
+        assert words[0] == str(program)
+        assert not any("{" in word for word in words)
+
+
+# The smoke test of the guide, and the README's pull request, against the stand-in.
+
+
+@pytest.fixture
+def yours(world: World) -> World:
+    """The repositories that the documentation speaks of."""
+    world.github.add_repository("you/tasks")
+    world.github.add_repository("you/project")
+    world.env |= YOURS
+    return world
+
+
+def normal(text: str, world: World) -> str:
+    """Less what differs from run to run."""
+    text = text.replace(world.github.server_url, "https://github.com")
+    for pattern, form in (
+        (r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "TIME "),
+        (r"\b[0-9a-f]{40}\b", "COMMIT"),
+        (r"run=[0-9a-f]{16}", "run=RUN"),
+        (r"git \d[\d.]+$", "git VERSION"),
+        (r"✓ /\S+ can", "✓ FOLDER can"),
+    ):
+        text = re.sub(pattern, form, text, flags=re.MULTILINE)
+    return text
+
+
+def log_of(world: World, number: int, label: str) -> str:
+    """What the daemon logs until an issue has the label and no work is left; then it is stopped."""
+    process = world.start(AGENT_POLL_INTERVAL="1")
+    give_up = time.monotonic() + 30
+    wanted = sorted(["copilot-agent", label])
+    while sorted(world.github.issue("you/tasks", number).labels) != wanted and time.monotonic() < give_up:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    # Whether the worker has ended at that moment is a matter of luck.
+    return re.sub(r"^.* INFO stopping: .*\n", "", log, flags=re.MULTILINE)
+
+
+def test_the_smoke_test_goes_as_the_guide_says(yours: World) -> None:
+    checked, done, comments, failed = (
+        block for block in fences(GUIDE, "text") if re.search(r"✓| INFO | WARNING |Working on it", block)
+    )
+    check = yours.start("--check")
+    assert normal(check.communicate()[0], yours) == normal(checked, yours)
+    assert check.returncode == 0
+    yours.github.open_issue("you/tasks", title="Smoke test", body=fences(GUIDE, "markdown")[0])
+    assert normal(log_of(yours, 1, "agent-done"), yours) == normal(done, yours)
+    issue = yours.github.issue("you/tasks", 1)
+    assert issue.labels == ["copilot-agent", "agent-done"]
+    first_lines = [normal(comment.body.split("\n")[0], yours) for comment in issue.comments]
+    assert first_lines == comments.splitlines()
+    (pull,) = yours.github.pulls("you/project")
+    assert f"`{pull.title}`" in read(GUIDE)
+    assert f"`{pull.head}`" in read(GUIDE)
+    changed = yours.github.git("you/project", "diff", "--name-only", "main", pull.head)
+    assert changed == "agent-runner-smoke-test.md"
+    yours.github.open_issue("you/tasks", title="Without a patch", body="Do it.")
+    assert normal(log_of(yours, 2, "agent-failed"), yours).endswith(normal(failed, yours))
+
+
+def test_the_readmes_pull_request_is_what_its_issue_brings(yours: World) -> None:
+    (body, pull_body) = fences(README, "markdown")
+    metadata = pull_body.split("\n")[0]
+    yours.github.open_issue("you/tasks", title="Greet", body=f"{body}\n---\n\n{metadata}")
+    yours.run_once()
+    (pull,) = yours.github.pulls("you/project")
+    assert normal(pull.body or "", yours) == normal(pull_body.rstrip("\n"), yours)
+
+
+# Files that other programs read.
+
+
+def test_the_actions_workflow_never_puts_an_issues_text_into_a_script() -> None:
+    (text,) = fences(GUIDE, "yaml")
+    assert set(re.findall(r"github\.event\.issue\.(\w+)", text)) == {"number"}
+    workflow = load_yaml(text)
+    assert workflow[True] == {"issues": {"types": ["labeled"]}}  # YAML 1.1 reads `on` as true
+    (job,) = workflow["jobs"].values()
+    assert job["if"] == "github.event.label.name == 'copilot-agent'"
+    *_, last = job["steps"]
+    assert last["run"] == 'python runner.py --issue "$NUMBER"'
+    assert last["env"]["NUMBER"] == "${{ github.event.issue.number }}"
+    assert not any("${{" in step.get("run", "") for step in job["steps"])
+
+
+def interpolate(text: str, env: Mapping[str, str]) -> str:
+    """What Compose makes of ${NAME:-default} and ${NAME:?message}."""
+    return re.sub(r"\$\{(\w+):([-?])([^}]*)\}", lambda m: env.get(m[1]) or m[3] * (m[2] == "-"), text)
+
+
+@pytest.fixture
+def service() -> dict[str, Any]:
+    (service,) = load_yaml(read(COMPOSE))["services"].values()
+    assert isinstance(service, dict)
+    return service
+
+
+def test_the_compose_file_hands_on_the_runners_own_defaults(service: dict[str, Any]) -> None:
+    """`environment` wins over `env_file`: a variable that stood there could not be set in .env."""
+    handed_on = dict(
+        interpolate(line, {"GITHUB_TOKEN": "t0ken"}).split("=", 1) for line in service["environment"]
+    )
+    assert handed_on.keys() == {
+        "GITHUB_TOKEN",
+        "AGENT_DISPATCH_REPO",
+        "AGENT_TARGET_REPO",
+        "AGENT_POLL_INTERVAL",
+        "AGENT_PROCESSED_LABEL",
+    }
+    for name, spec in Config.variables().items():
+        assert name == "GITHUB_TOKEN" or handed_on.get(name, "") in ("", spec.metadata["default"])
+    assert service["env_file"] == [{"path": ".env", "required": False}]
+
+
+def test_the_container_has_time_to_stop_and_keeps_its_state(service: dict[str, Any]) -> None:
+    drain = float(Config.variables()["AGENT_DRAIN_SECONDS"].metadata["default"])
+    assert float(service["stop_grace_period"].removesuffix("s")) >= drain + runner.KILL_GRACE
+    folder = "/app/" + Config.variables()["AGENT_STATE_DIR"].metadata["default"]
+    assert service["volumes"] == [f"agent-runner-state:{folder}"]
+    assert f"\nVOLUME {folder}\n" in read(ROOT / "Dockerfile")
+
+
+def sources(dockerfile: str) -> Iterator[str]:
+    for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE):
+        yield from line.split()[:-1]
+
+
+def test_the_image_gets_what_it_copies_and_nothing_else() -> None:
+    ignore = [line for line in read(ROOT / ".dockerignore").splitlines() if line and line[0] != "#"]
+    assert ignore[0] == "*"
+    assert sorted(line.removeprefix("!") for line in ignore[1:]) == sorted(sources(read(ROOT / "Dockerfile")))
