@@ -18,9 +18,7 @@ Start it:
 
     GITHUB_TOKEN=... AGENT_DISPATCH_REPO=you/tasks AGENT_TARGET_REPO=you/project python runner.py
 
-The file reads from top to bottom: constants, errors, configuration, the task (parse and render),
-GitHub's protocol and client, the queue, processes, git and the workspace, `process_task`, the story
-of one task, the loop, the command line.
+The file reads from top to bottom; the lines with a rule on them say where which part begins.
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ import select
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -60,9 +57,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
@@ -80,10 +77,12 @@ API_VERSION = "2022-11-28"
 HTTP_TIMEOUT = (10, 30)  # seconds to connect, to answer; GitHub itself gives up after 10
 MAX_REDIRECTS = 3
 MAX_BODY = 65_000  # characters; GitHub refuses a comment or pull request body over 65,536
+MAX_NESTED = 500  # objects and lists in the metadata
 MAX_METADATA = 16_000  # characters of the metadata comment, which must fit into a body with the rest
 PAGE_SIZE = 100
-SINCE_OVERLAP = timedelta(minutes=3)  # a list may lag behind the issues it lists
+SINCE_OVERLAP = 180  # seconds that a list may lag behind the issues it lists
 SECONDARY_LIMIT_PAUSE = 60  # seconds, doubled each time
+MAX_PAUSE = 3660.0  # seconds; GitHub's quota is renewed every hour
 PATIENCE = 900  # seconds that a task waits for a GitHub that is out of reach
 RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
 GIT_TIMEOUT = 1800
@@ -96,12 +95,19 @@ LABELS = {  # what becomes of a task: colour and description, should the reposit
     "failed": ("d93f0b", "The agent runner gave up; take this label off to run it again"),
 }
 
-# --------------------------------------------------------------------------------------------------
-# Errors: each class is one answer to "what now?".
+# -- Errors: each class is one answer to "what now?". ----------------------------------------------
 
 
 class RunnerError(Exception):
-    """The root of everything that the runner raises on purpose."""
+    """The root of everything that the runner raises on purpose.
+
+    `why` is a sentence for people, `advice` says what they can do about it, `output` is what a
+    program printed, `status` an HTTP status code.
+    """
+
+    def __init__(self, why: str = "", advice: str = "", output: str = "", status: int = 0) -> None:
+        super().__init__(why)
+        self.why, self.advice, self.output, self.status = why, advice, output, status
 
 
 class ConfigError(RunnerError):
@@ -113,30 +119,15 @@ class Stopping(RunnerError):
 
 
 class TaskFailed(RunnerError):
-    """This task cannot be done, now or later; the issue is told `why`.
-
-    `advice` says what the reader can do about it, `output` is what a program printed.
-    """
-
-    def __init__(self, why: str, advice: str = "", output: str = "") -> None:
-        super().__init__(why)
-        self.why, self.advice, self.output = why, advice, output
+    """This task cannot be done, now or later; the issue is told why."""
 
 
 class ApiRefused(TaskFailed):
     """GitHub answered 4xx: asking again would bring the same answer."""
 
-    def __init__(self, status: int, why: str, advice: str = "") -> None:
-        super().__init__(why, advice)
-        self.status = status
-
 
 class TaskRetry(RunnerError):
     """This task may succeed later; it is tried again, AGENT_MAX_ATTEMPTS times in all."""
-
-    def __init__(self, why: str, output: str = "") -> None:
-        super().__init__(why)
-        self.why, self.output = why, output
 
 
 class Unreachable(TaskRetry):
@@ -144,15 +135,10 @@ class Unreachable(TaskRetry):
 
 
 class GitFailed(RunnerError):
-    """Git ended with an error; `text` is what it said."""
-
-    def __init__(self, command: str, text: str) -> None:
-        super().__init__(f"git {command} failed: {text}")
-        self.text = text
+    """Git ended with an error; `output` is what it said."""
 
 
-# --------------------------------------------------------------------------------------------------
-# Configuration: environment variables in, one frozen value out.
+# -- Configuration: environment variables in, one frozen value out. --------------------------------
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,100}(?<!\.git)")
 
@@ -177,46 +163,36 @@ def _token(text: str) -> Secret:
     return Secret(text)
 
 
-def _repo(text: str) -> str:
-    if not REPO_NAME.fullmatch(text):
-        raise ValueError(f"must look like owner/repository, not {text!r}")
-    return text
+def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser that takes what is `good`, as `value` gives it."""
 
-
-def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise ValueError(f"must be an http(s) address without a user name, not {text!r}")
-    return text.rstrip("/")
-
-
-def _label(text: str) -> str:
-    if len(text) > 50 or "," in text:
-        raise ValueError("must have at most 50 characters, and no comma")
-    return text
-
-
-def _number(low: float, kind: type = float) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= 10**9:
-                return value
-        what = "whole number" if kind is int else "number"
-        raise ValueError(f"must be a {what}, {low} or more, not {text!r}")
+            if good(text):
+                return value(text)
+        raise ValueError(f"must {what}" + ("" if "@" in text else f", not {text!r}"))
 
     return parse
 
 
-def _flag(text: str) -> bool:
-    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise ValueError(f"must be yes or no, not {text!r}")
-    return text.lower() in ("1", "true", "yes", "on")
+def _is_address(text: str) -> bool:
+    parts = urlsplit(text)
+    allowed = parts.scheme in ("http", "https") and parts.hostname and not parts.username
+    return bool(allowed and parts.port != 0)
 
 
-def _level(text: str) -> str:
-    if text.upper() not in (levels := ("DEBUG", "INFO", "WARNING", "ERROR")):
-        raise ValueError(f"must be one of {', '.join(levels)}, not {text!r}")
-    return text.upper()
+def _number(low: float) -> Callable[[str], Any]:
+    return _must(f"be a number, {low} or more", lambda text: low <= float(text) <= 10**9, float)
+
+
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_repo = _must("look like owner/repository", REPO_NAME.fullmatch)
+_url = _must("be an http(s) address without a user name", _is_address, lambda text: text.rstrip("/"))
+_label = _must("have at most 50 characters, and no comma", lambda text: len(text) <= 50 and "," not in text)
+_flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda text: text.lower() in _YES)
+_level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
+_count = _must("be a whole number, 1 or more", lambda text: 1 <= int(text) <= 10**9, int)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -229,9 +205,8 @@ def _plugin(text: str) -> str:
     if text in ("", "patch", "command"):
         return text
     if not place or not function.isidentifier():
-        raise ValueError(
-            f"must be patch, command, package.module:function or path/to/file.py:function, not {text!r}"
-        )
+        choice = "patch, command, package.module:function or path/to/file.py:function"
+        raise ValueError(f"must be {choice}, not {text!r}")
     if place.endswith(".py") and not Path(place).is_file():
         raise ValueError(f"names the file {place!r}, which does not exist")
     return f"{Path(place).absolute()}:{function}" if place.endswith(".py") else text
@@ -258,15 +233,15 @@ class Config:
     command: str = _variable("AGENT_COMMAND", str)
     shell: bool = _variable("AGENT_SHELL", _flag, "no")
     task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _number(1), "1800")
-    max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _number(1, int), "3")
-    max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _number(1, int), "1")
+    max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _count, "3")
+    max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _count, "1")
     drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _number(0), "30")
     write_interval: float = _variable("AGENT_WRITE_INTERVAL", _number(0), "1")
     state_dir: Path = _variable("AGENT_STATE_DIR", lambda text: Path(text).absolute(), ".agent-runner")
     home: Path = _variable("AGENT_HOME", lambda text: Path(text).absolute() if text else None)
     agent_env: tuple[str, ...] = _variable("AGENT_ENV", _names)
-    max_changed_files: int = _variable("AGENT_MAX_CHANGED_FILES", _number(1, int), "1000")
-    max_changed_bytes: int = _variable("AGENT_MAX_CHANGED_BYTES", _number(1, int), "10000000")
+    max_changed_files: int = _variable("AGENT_MAX_CHANGED_FILES", _count, "1000")
+    max_changed_bytes: int = _variable("AGENT_MAX_CHANGED_BYTES", _count, "10000000")
     allow_workflows: bool = _variable("AGENT_ALLOW_WORKFLOWS", _flag, "no")
     commit_name: str = _variable("AGENT_COMMIT_NAME", str, "agent-runner")
     commit_email: str = _variable("AGENT_COMMIT_EMAIL", str)
@@ -309,7 +284,7 @@ class Config:
         if len({label.lower() for label in labels}) < 4:
             yield "the four AGENT_*_LABEL variables must name four different labels"
         for name in self.agent_env:
-            if name == "GITHUB_TOKEN" or (self.token and self.env.get(name) == self.token):
+            if name == "GITHUB_TOKEN" or (self.token and self.token in self.env.get(name, "")):
                 yield f"AGENT_ENV must not name {name}: the agent never gets the runner's token"
         if self.process_task == "command" and self.shell and "{instruction" in self.command:
             yield (
@@ -340,11 +315,11 @@ class Config:
 # Pure functions; every one takes time in proportion to the length of its text.
 
 METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)")
+FENCE = re.compile(r" {0,3}(`{3,}+(?![^\n]*`)|~{3,})[ \t]*([^\s`]*)")
 KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
-INSTRUCTION_HEADING = re.compile(r"#{1,6}[ \t]+instructions?[ \t]*#*[ \t]*", re.IGNORECASE)
+INSTRUCTION_HEADING = re.compile(r"#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*", re.IGNORECASE)
 SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
-ESCAPES = re.compile(r"\x1b(?:\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 CONTROLS = {code: None for code in (*range(32), 127) if chr(code) not in "\n\t"}
 
 
@@ -352,9 +327,9 @@ CONTROLS = {code: None for code in (*range(32), 127) if chr(code) not in "\n\t"}
 class Task:
     """One dispatch issue, understood. What `process_task` gets.
 
-    `metadata` is what came in and goes back unchanged; `task_id` its id as text; `slug` a form of
-    the id that is safe in a branch name; `base` the branch to start from ("" is the default one);
-    `context` what the issue is about ("issue acme/widgets#42") or ""; `issue` GitHub's own JSON.
+    `metadata` is what came in and goes back unchanged, `slug` a form of its `task_id` that is safe
+    in a branch name, `base` the branch to start from ("" is the default one), `context` what the
+    issue is about ("issue acme/widgets#42") or "", `issue` GitHub's own JSON.
     """
 
     number: int
@@ -431,14 +406,19 @@ def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]
     """
     plain, found, at = outside_fences(text), [], 0
     while match := METADATA_START.search(plain, at):
-        content, at = None, plain.find("-->", match.end()) + len("-->")
+        start, content, at = match.end(), None, plain.find("-->", match.end()) + len("-->")
         if at < len("-->"):
             break
         with contextlib.suppress(ValueError, RecursionError):
-            value, end = json.JSONDecoder().raw_decode(text, match.end())
-            if isinstance(value, dict) and (close := re.compile(r"\s*-->").match(text, end)):
+            value, end = json.JSONDecoder().raw_decode(text, start)
+            nested = text.count("{", start, end) + text.count("[", start, end)
+            if nested <= MAX_NESTED and (close := re.compile(r"\s*-->").match(text, end)):
                 content, at = value, close.end()
-        found.append((match.start(), at, content))
+        inner = METADATA_START.search(plain, start, at) if content is None else None
+        if inner:  # a comment that was begun and never ended
+            at = inner.start()
+        else:
+            found.append((match.start(), at, content))
     return found
 
 
@@ -493,7 +473,8 @@ def find_metadata(body: str) -> dict[str, Any]:
 
 def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config: Config) -> str:
     """The repository that a pull request is wanted in; it may be one that is not allowed."""
-    if named := metadata.get("target_repo") or lines.get("target_repository"):
+    line = lines.get("target_repository", "")
+    if named := metadata.get("target_repo") or (line if REPO_NAME.fullmatch(line) else ""):
         return str(named)
     words = re.split(r"[\s()#,;]+", lines.get("target", ""))
     context = next((word for word in words if REPO_NAME.fullmatch(word)), "")
@@ -555,7 +536,7 @@ def is_branch_name(name: str) -> bool:
     """Whether git takes this as a branch name: https://git-scm.com/docs/git-check-ref-format"""
     if not re.fullmatch(r"[^\s~^:?*\[\\]{1,200}", name) or not name.isprintable():
         return False
-    return not re.search(r"\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A@\Z|\A[-./]|[./]\Z", name)
+    return not re.search(r"\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A(?:@|HEAD)\Z|\A[-./]|[./]\Z", name)
 
 
 def check_task(task: Task, config: Config) -> None:
@@ -611,8 +592,8 @@ def cut(text: str, limit: int) -> str:
     """The text, if need be without its end, with a note that says so."""
     if len(text) <= limit:
         return text
-    note = f"\n\n… ({len(text) - limit:,} characters more were left out)"
-    return text[: max(0, limit - len(note))] + note
+    kept = max(0, limit - 60)
+    return f"{text[:kept]}\n\n… ({len(text) - kept:,} characters more were left out)"
 
 
 def last_lines(output: str) -> str:
@@ -623,15 +604,14 @@ def last_lines(output: str) -> str:
 
 def folded_output(output: str) -> str:
     """The last lines of an agent's output in a fold, or nothing if it printed nothing."""
-    if not (tail := last_lines(output)).strip():
-        return ""
-    summary = f"<summary>Last {OUTPUT_LINES} lines of output</summary>"
-    return f"<details>{summary}\n\n{fenced(tail)}\n\n</details>"
+    tail, summary = last_lines(output), f"<summary>Last {OUTPUT_LINES} lines of output</summary>"
+    return f"<details>{summary}\n\n{fenced(tail)}\n\n</details>" if tail.strip() else ""
 
 
 def harmless(markdown: str, limit: int = 4_000) -> str:
-    """Foreign Markdown, cut to a limit, that cannot hide or forge what follows it."""
-    text = cut(printable(markdown).replace("<!--", "&lt;!--").strip(), limit)
+    """Foreign Markdown, cut to a limit, without comments that hide or forge, and with its fences closed."""
+    short = re.sub(r"(`{200})`+|(~{200})~+", r"\1\2", printable(markdown).replace("<!--", "&lt;!--"))
+    text = cut(short.strip(), limit - 200)
     return "\n".join([text, *(fence.mark for fence in scan_fences(text) if fence.end < 0)])
 
 
@@ -651,9 +631,7 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    return (
-        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-    )
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def render_comment(run: str, step: str, text: str, output: str = "", metadata: str = "") -> str:
@@ -690,8 +668,7 @@ def commit_message(task: Task, run: str) -> str:
     return f"{subject}\n\nTask-Id: {task.slug}\nDispatch-Issue: {task.reference}\nRun: {run}\n"
 
 
-# --------------------------------------------------------------------------------------------------
-# GitHub's protocol: pure functions that say what an answer means.
+# -- GitHub's protocol: pure functions that say what an answer means. ------------------------------
 
 ADVICE = {
     401: "The runner's owner should check GITHUB_TOKEN: it is wrong, expired or revoked.",
@@ -716,42 +693,43 @@ class Answer(NamedTuple):
 
 def is_limit(status: int, headers: Mapping[str, str], text: str) -> bool:
     """Whether a request was refused for a limit: 429, or a 403 that does not mean "you may not"."""
-    if status == 403:
-        exhausted = headers.get("x-ratelimit-remaining") == "0"
-        return exhausted or "retry-after" in headers or "rate limit" in text.lower()
-    return status == 429
+    exhausted = headers.get("x-ratelimit-remaining") == "0"
+    told = exhausted or "retry-after" in headers or "rate limit" in text.lower()
+    return status == 429 or (status == 403 and told)
 
 
-def limit_pause(headers: Mapping[str, str], streak: int, now: float) -> float:
-    """Seconds for which nothing may be sent after a limit was met.
+def limit_pause(headers: Mapping[str, str], streak: int) -> float:
+    """Seconds for which nothing may be sent after a limit was met, `streak` of them in a row before.
 
-    `streak` counts the limits met in a row before, `now` is the time by the server's clock.
     https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#handle-rate-limit-errors-appropriately
     """
+    now = server_time(headers)  # not this machine's clock, which may be off
     with contextlib.suppress(ValueError):
         if "retry-after" in headers:
-            return max(0.0, float(headers["retry-after"]))
-        if headers.get("x-ratelimit-remaining") == "0":
-            return max(0.0, float(headers.get("x-ratelimit-reset", "")) - now) + 1
-    return float(SECONDARY_LIMIT_PAUSE * 2 ** min(streak, 6))
+            return min(max(0.0, float(headers["retry-after"])), MAX_PAUSE)
+        if headers.get("x-ratelimit-remaining") == "0" and now:
+            return min(max(0.0, float(headers.get("x-ratelimit-reset", "")) - now) + 1, MAX_PAUSE)
+    return float(SECONDARY_LIMIT_PAUSE * 2 ** min(streak, 5))
 
 
-def server_time(headers: Mapping[str, str], default: float) -> float:
-    """The server's clock in seconds since 1970, from the Date header."""
-    with contextlib.suppress(ValueError, TypeError):
+def server_time(headers: Mapping[str, str]) -> float:
+    """The server's clock in seconds since 1970, from the Date header; 0 if it does not say."""
+    with contextlib.suppress(ValueError):
         return email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
-    return default
+    return 0.0
 
 
 def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
     """What a 4xx or 5xx answer means for the task at hand."""
     data = data if isinstance(data, dict) else {}
-    errors = [e.get("message") or e if isinstance(e, dict) else e for e in data.get("errors") or []]
+    found = data.get("errors") or []
+    found = found if isinstance(found, list) else [found]
+    errors = [error.get("message") or error if isinstance(error, dict) else error for error in found]
     reasons = "; ".join(str(reason) for reason in [data.get("message") or "no message", *errors])
     what = f"GitHub answered {status} to {method} {path}: {reasons}"
     if status >= 500 or status == 408:
         return Unreachable(what)
-    return ApiRefused(status, what, ADVICE.get(status, ""))
+    return ApiRefused(what, ADVICE.get(status, ""), status=status)
 
 
 def is_queued(issue: Mapping[str, Any], config: Config, ours: bool = False) -> bool:
@@ -763,15 +741,11 @@ def is_queued(issue: Mapping[str, Any], config: Config, ours: bool = False) -> b
     return wanted and issue.get("state") == "open" and "pull_request" not in issue
 
 
-# --------------------------------------------------------------------------------------------------
-# GitHub's client: the only place that speaks HTTP.
+# -- GitHub's client: the only place that speaks HTTP. ---------------------------------------------
 
 
 class Clock:
     """Time and chance as the runner sees them; tests pass one of their own."""
-
-    def time(self) -> float:
-        return time.time()
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -807,23 +781,11 @@ def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event) -> T:
             pause = min(pause * 2, 60)
 
 
-class _SignIn(requests.auth.AuthBase):
-    """The token, as `auth`: requests would put ~/.netrc before a plain header."""
-
-    def __init__(self, token: str) -> None:
-        self._header = f"Bearer {token}"
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = self._header
-        return request
-
-
 class GitHub:
     """GitHub's REST API as far as the runner uses it; shared by all threads.
 
-    Requests go out one after the other, writes at least AGENT_WRITE_INTERVAL apart, and none while
-    a limit lasts. Methods raise ApiRefused for 4xx, Unreachable for faults, Stopping when `stop`
-    cuts a wait short. Paths start with a slash; whole addresses must be on the same host.
+    Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a limit lasts. Raises
+    ApiRefused for 4xx, Unreachable for faults, Stopping when `stop` cuts a wait short.
     """
 
     def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
@@ -833,14 +795,12 @@ class GitHub:
         self._not_before = self._next_write = 0.0
         self._limits_in_a_row = 0
         self._session = requests.Session()
-        self._session.auth = _SignIn(config.token)
+        self._session.auth = self._sign_in  # requests would put ~/.netrc before a plain header
         self._session.headers["Accept"] = "application/vnd.github+json"
         self._session.headers["X-GitHub-Api-Version"] = API_VERSION
         self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
 
-    def request(
-        self, method: str, path: str, body: Any = None, etag: str = "", follow: bool = True
-    ) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, etag: str = "", follow: bool = True) -> Answer:
         """One request, sent again only if GitHub refused it for a limit."""
         headers = {"If-None-Match": etag} if etag else {}
         while True:
@@ -849,6 +809,10 @@ class GitHub:
                 response = self._send(method, path, body, headers, follow)
                 if not self._observe(response):
                     return self._answer(method, path, response)
+
+    def _sign_in(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._config.token}"
+        return request
 
     def _pace(self, write: bool) -> None:
         """Waits until a request may be sent."""
@@ -859,9 +823,7 @@ class GitHub:
             self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
             self._next_write = self._clock.monotonic() + self._config.write_interval
 
-    def _send(
-        self, method: str, path: str, body: Any, headers: Mapping[str, str], follow: bool
-    ) -> requests.Response:
+    def _send(self, method: str, path: str, body: Any, headers: Mapping[str, str], follow: bool) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
 
         https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects
@@ -870,7 +832,7 @@ class GitHub:
         options: dict[str, Any] = {"headers": headers, "timeout": HTTP_TIMEOUT, "allow_redirects": False}
         for _ in range(MAX_REDIRECTS + 1):
             if urlsplit(url)[:2] != urlsplit(self._config.api_url)[:2]:
-                raise ApiRefused(0, f"{method} {path} leads to another host, {urlsplit(url).netloc}")
+                raise ApiRefused(f"{method} {path} leads to another host, {urlsplit(url).netloc}")
             try:
                 response = self._session.request(method, url, json=body, **options)
             except requests.RequestException as error:
@@ -879,15 +841,14 @@ class GitHub:
             if response.status_code not in (301, 302, 307, 308) or not follow:
                 return response
             url = urljoin(url, response.headers.get("location", ""))
-        raise ApiRefused(response.status_code, f"{method} {path} is redirected without end")
+        raise ApiRefused(f"{method} {path} is redirected without end")
 
     def _observe(self, response: requests.Response) -> bool:
         """Learns from the rate-limit headers; whether this request was refused for a limit."""
         headers = response.headers
         limited = is_limit(response.status_code, headers, response.text)
         if limited or headers.get("x-ratelimit-remaining") == "0":
-            now = server_time(headers, self._clock.time())
-            pause = limit_pause(headers, self._limits_in_a_row, now)
+            pause = limit_pause(headers, self._limits_in_a_row)
             log.warning("GitHub's limit is reached: nothing is sent for %.0f s", pause)
             self._not_before = self._clock.monotonic() + pause
         self._limits_in_a_row = self._limits_in_a_row + 1 if limited else 0
@@ -900,8 +861,7 @@ class GitHub:
         if response.status_code >= 400:
             raise refusal(method, path, response.status_code, data)
         next_url = str(response.links.get("next", {}).get("url", ""))
-        at = server_time(headers, self._clock.time())
-        return Answer(response.status_code, data, headers.get("etag", ""), next_url, at)
+        return Answer(response.status_code, data, headers.get("etag", ""), next_url, server_time(headers))
 
     def _repeat(self, method: str, path: str, body: Any = None, follow: bool = True) -> Answer:
         """A request that may be sent twice, and is while GitHub is out of reach."""
@@ -928,7 +888,7 @@ class GitHub:
         """One issue of the dispatch repository. Moved to another repository counts as refused."""
         answer = self._repeat("GET", f"{self._dispatch}/issues/{number}", follow=False)
         if answer.status != 200 or not isinstance(answer.data, dict):
-            raise ApiRefused(answer.status, f"issue {number} is not in this repository any more")
+            raise ApiRefused(f"issue {number} is not in this repository any more", status=answer.status)
         return answer.data
 
     def comment(self, number: int, text: str, marker: str, since: str) -> int:
@@ -1012,30 +972,24 @@ class Row(NamedTuple):
     queued: bool
 
 
-class Page(NamedTuple):
-    """One page of the list as it was last read."""
-
-    etag: str
-    rows: tuple[Row, ...]
-    next_url: str
+Page = tuple[str, list[Row], str]  # its ETag, its rows, the address of the next one
 
 
 class Queue:
     """The queued issues in `waiting`, by number, with the time of their last change.
 
-    The list holds every open issue with the task label, finished ones too: GitHub can filter by
-    labels that are there, not by those that are not. So that these cost nothing, a list that was
-    read to its end is asked from then on only for what changed `since`. Offset paging can skip a
-    row when another one leaves the list between two pages: therefore a list of several pages counts
-    as read only when a second reading finds nothing that the first had missed. Pages that did not
-    change are answered 304, which uses no quota.
+    GitHub can list by labels that are there, not by those that are not: finished issues that stay
+    open are in the list. So that they cost nothing, a list that was read to its end is asked from
+    then on only for what changed `since`. Offset paging can skip a row when another leaves the list
+    between two pages: so a list of several pages counts as read only when a second reading finds
+    nothing that the first missed. What did not change is answered 304, which uses no quota:
     https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#use-conditional-requests-if-appropriate
     """
 
     def __init__(self, config: Config, github: GitHub) -> None:
         self._config, self._github = config, github
         self._since = ""
-        self._pages: dict[str, Page] = {}
+        self._pages: dict[str, Page] = {}  # by address, as they were last read
         self._seen: dict[int, Row] = {}
         self._handled: dict[int, str] = {}
         self.waiting: dict[int, str] = {}
@@ -1043,7 +997,7 @@ class Queue:
     def poll(self) -> None:
         """Reads what changed. Raises Unreachable or ApiRefused, and then has changed nothing."""
         pages, at = self._read()
-        rows = {row.number: row for page in pages.values() for row in page.rows}
+        rows = {row.number: row for _, page, _ in pages.values() for row in page}
         self._handled = {n: updated for n, updated in self._handled.items() if n in rows}
         for row in rows.values():
             self.waiting.pop(row.number, None)
@@ -1069,25 +1023,24 @@ class Queue:
         url, at = f"/repos/{self._config.dispatch_repo}/issues?{urlencode(query)}", 0.0
         pages: dict[str, Page] = {}
         while url and url not in pages:
-            known = self._pages.get(url, Page("", (), ""))
+            etag, rows, next_url = self._pages.get(url, ("", [], ""))
             # A full last page stays the same when the next one comes to be; only its Link changes.
-            usable = known.next_url or len(known.rows) < PAGE_SIZE
-            answer = self._github.request("GET", url, etag=known.etag if usable else "")
+            usable = next_url or len(rows) < PAGE_SIZE
+            answer = self._github.request("GET", url, etag=etag if usable else "")
             if answer.status != 304:
-                rows = (Row(i["number"], i["updated_at"], is_queued(i, self._config)) for i in answer.data)
-                known = Page(answer.etag, tuple(rows), answer.next_url)
-            pages[url], at, url = known, at or answer.at, known.next_url
+                rows = [Row(i["number"], i["updated_at"], is_queued(i, self._config)) for i in answer.data]
+                etag, next_url = answer.etag, answer.next_url
+            pages[url], at, url = (etag, rows, next_url), at or answer.at, next_url
         return pages, at
 
     def _move_on(self, at: float) -> None:
         """Lets the next reading begin shortly before this one, if a single page holds it then."""
-        since = (datetime.fromtimestamp(at, UTC) - SINCE_OVERLAP).strftime("%Y-%m-%dT%H:%M:%SZ")
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at - SINCE_OVERLAP))
         if sum(row.updated >= since for row in self._seen.values()) < PAGE_SIZE:
             self._since, self._pages, self._seen = since, {}, {}
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes: the only place that starts one.
+# -- Processes: the only place that starts one. ----------------------------------------------------
 
 
 class Finished(NamedTuple):
@@ -1104,20 +1057,13 @@ class Finished(NamedTuple):
 
 
 def run_process(
-    command: Sequence[str],
-    *,
-    cwd: Path,
-    env: Mapping[str, str],
-    stdin: bytes = b"",
-    timeout: float,
-    stop: threading.Event | None = None,
-    merged: bool = False,
-) -> Finished:
-    """Runs a command to its end, or to `timeout` seconds, or until `stop` is set.
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float,
+    stdin: bytes = b"", stop: threading.Event | None = None, merged: bool = False
+) -> Finished:  # fmt: skip
+    """Runs a command to its end, or to `timeout` seconds, or until `stop` is set; raises OSError.
 
     When it returns, the process group is gone. With `merged`, standard error joins standard output.
-    Output goes through files: a daemon left behind may hold a pipe open for ever. Raises OSError if
-    the command cannot be started.
+    Output goes through files: a daemon left behind may hold a pipe open for ever.
     """
     log.debug("run %s", shlex.join(command))
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -1132,7 +1078,9 @@ def run_process(
             ended = _wait(process, time.monotonic() + timeout, stop)
         finally:
             _end_group(process, gently=bool(ended))
-        return Finished(process.returncode, _contents(out), _contents(err), ended)
+        out.seek(0)
+        err.seek(0)
+        return Finished(process.returncode, out.read(), err.read(), ended)
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event | None) -> str:
@@ -1161,13 +1109,7 @@ def _end_group(process: subprocess.Popen[bytes], gently: bool) -> None:
     process.wait()
 
 
-def _contents(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
-# --------------------------------------------------------------------------------------------------
-# Git and the workspace: the only place that runs git.
+# -- Git and the workspace: the only place that runs git. ------------------------------------------
 #
 # Three repositories per task. The private bare mirror of the target is shared by all its tasks. A
 # private repository with an index of its own belongs to one task; it is what the runner commits
@@ -1177,16 +1119,12 @@ def _contents(file: IO[bytes]) -> bytes:
 GIT_SETTINGS = {
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
-    "core.autocrlf": "false",
     "core.quotePath": "false",
-    "credential.helper": "",
     "gc.auto": "0",
-    "maintenance.auto": "false",
     "http.followRedirects": "false",
     "http.lowSpeedLimit": "1000",
     "http.lowSpeedTime": "60",
     "protocol.allow": "never",
-    "submodule.recurse": "false",
     # A volume may belong to another user; what is in the state folder was put there by the runner.
     "safe.directory": "*",
 }
@@ -1221,18 +1159,10 @@ class Git:
         return f"{self._server}/{repo}.git"
 
     def __call__(
-        self,
-        *command: str,
-        git_dir: Path,
-        work_tree: Path | None = None,
-        stdin: bytes = b"",
-        remote: bool = False,
-        env: Mapping[str, str] | None = None,
-    ) -> str:
-        """Runs one git command and returns what it printed; raises GitFailed.
-
-        With `remote` it may speak to GitHub, and has the token.
-        """
+        self, *command: str, git_dir: Path, work_tree: Path | None = None, stdin: bytes = b"",
+        remote: bool = False, env: Mapping[str, str] | None = None
+    ) -> str:  # fmt: skip
+        """What one git command prints; with `remote` it speaks to GitHub, and has the token. Raises GitFailed."""
         settings = GIT_SETTINGS | (self._sign_in if remote else {})
         place = {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings)), **(env or {})}
         for index, (key, value) in enumerate(settings.items()):
@@ -1243,43 +1173,32 @@ class Git:
         done = run_process(argv, cwd=cwd, env=self._env | place, stdin=stdin, timeout=GIT_TIMEOUT)
         if done.code or done.ended:
             said = [done.err.decode("utf-8", "replace").strip(), done.output.strip(), done.ended]
-            raise GitFailed(command[0], "\n".join(filter(None, said)) or f"status {done.code}")
+            output = "\n".join(filter(None, said)) or f"status {done.code}"
+            raise GitFailed(f"git {command[0]} failed: {output}", output=output)
         return done.out.decode("utf-8", "surrogateescape")
 
 
-REMOTE_FAILURES = (  # what git says: what it means, and what to do
-    (
-        r"without `workflows?` (scope|permission)",
-        "{repo} does not let this token push workflows.",
-        "Give the token the `workflow` scope, or leave `.github/workflows` alone.",
+REMOTE_FAILURES = {  # what git says: what it means, and what to do
+    r"without `workflows?` (scope|permission)": ("does not let this token push workflows.", ADVICE[403]),
+    r"returned error: 30\d|from redirection": ("has moved.", "Use its new name."),
+    r"not found|could not read username|authentication failed|returned error: 40[134]": (
+        "cannot be read or pushed to: it does not exist, or the token may not.",
+        f"{ADVICE[404]} README.md lists the permissions.",
     ),
-    (r"returned error: 30\d|redirect", "{repo} has moved.", "Use its new name."),
-    (
-        r"not found|could not read username|authentication failed|returned error: 40[134]",
-        "{repo} cannot be read or pushed to: it does not exist, or the token may not.",
-        ADVICE[404] + " README.md lists the permissions.",
-    ),
-    (r"declined|protected|GH\d{3}", "{repo} refuses the branch.", "See what its rules say about branches."),
-)
+    r"(hook|push) declined|error: GH\d{3}:": ("refuses the branch.", "See what its rules say about branches."),
+}
 
 
 def remote_failure(failure: GitFailed, repo: str) -> RunnerError:
     """What git's words about a remote mean for the task at hand."""
-    for pattern, why, advice in REMOTE_FAILURES:
-        if re.search(pattern, failure.text, re.IGNORECASE):
-            return TaskFailed(why.format(repo=repo), advice, failure.text)
-    if "rejected]" in failure.text:
-        return TaskRetry(f"{repo} has got the branch from somebody else meanwhile.", failure.text)
-    lines = failure.text.splitlines()
+    for pattern, (what, advice) in REMOTE_FAILURES.items():
+        if re.search(pattern, failure.output, re.IGNORECASE):
+            return TaskFailed(f"{repo} {what}", advice, failure.output)
+    if "rejected]" in failure.output:
+        return TaskRetry(f"{repo} has got the branch from somebody else meanwhile.", output=failure.output)
+    lines = failure.output.splitlines()
     said = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
     return Unreachable(f"git cannot reach {repo}: {said}")
-
-
-class Remote(NamedTuple):
-    """What a target has at this moment: its default branch's name, and commits by ref (and HEAD)."""
-
-    default_branch: str
-    refs: Mapping[str, str]
 
 
 class Mirror:
@@ -1293,22 +1212,20 @@ class Mirror:
         self._git, self._repo = git, repo
         self.path = state_dir / "repos" / f"{repo.lower()}.git"
 
-    def look(self, *refs: str) -> Remote:
-        """Asks the target for its default branch and the commits of some refs."""
+    def look(self, *refs: str) -> tuple[str, dict[str, str]]:
+        """The target's default branch, and the commits of HEAD and these refs as they are there."""
         with self._locked():
             if not (self.path / "HEAD").exists():
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._git("init", "--quiet", "--bare", "--template=", git_dir=self.path)
         default, found = "", {}
-        for line in self._remote(
-            "ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs
-        ).splitlines():
-            value, _, name = line.partition("\t")
+        printed = self._remote("ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs)
+        for value, _, name in (line.partition("\t") for line in printed.splitlines()):
             if value.startswith("ref: refs/heads/") and name == "HEAD":
                 default = value.removeprefix("ref: refs/heads/")
             elif name in ("HEAD", *refs):
                 found[name] = value
-        return Remote(default, found)
+        return default, found
 
     def fetch(self, ref: str, commit: str) -> str:
         """The commit of one of the target's refs, brought into the mirror unless it is `commit` there.
@@ -1412,7 +1329,7 @@ class Checkout:
         try:
             self._run("add", "--all", ".")
         except GitFailed as failure:
-            raise TaskFailed("The changed files cannot be committed.", output=failure.text) from None
+            raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
         self._check_changes(config)
         tree, base = self._run("write-tree").strip(), self.workspace.commit
         if tree == self._run("rev-parse", f"{base}^{{tree}}").strip():
@@ -1455,8 +1372,11 @@ class Checkout:
             if path.lower().startswith(".github/workflows/") and not config.allow_workflows:
                 advice = "The runner's owner can allow that with AGENT_ALLOW_WORKFLOWS."
                 raise TaskFailed(f"{code(path)} is a workflow; this runner may not change them.", advice)
-            if mode == "120000" and leads_out(path, str((top / path).readlink())):
-                raise TaskFailed(f"{code(path)} is a link that leads out of the repository.")
+            if mode == "120000":
+                target = str((top / path).readlink())
+                inside = os.path.normpath(f"{path}/../{target}").split("/")[0]
+                if target.startswith("/") or inside == "..":
+                    raise TaskFailed(f"{code(path)} is a link that leads out of the repository.")
 
     def apply(self, patch: str) -> None:
         """Applies a patch to the workspace, whole or not at all; raises GitFailed."""
@@ -1471,7 +1391,7 @@ class Checkout:
             self._run(*command, f"{commit}:{ref}", remote=True)
         except GitFailed as failure:
             # It may have got through, now or before, and its answer not.
-            if self._mirror.look(ref).refs.get(ref) != commit:
+            if self._mirror.look(ref)[1].get(ref) != commit:
                 raise remote_failure(failure, repo) from failure
 
     def remove(self) -> None:
@@ -1486,13 +1406,7 @@ class Checkout:
         return self._git(*command, git_dir=self.git_dir, work_tree=self.workspace.path, **options)
 
 
-def leads_out(path: str, target: str) -> bool:
-    """Whether a symbolic link at this path in a repository points out of it."""
-    return target.startswith("/") or os.path.normpath(f"{path}/../{target}").split("/")[0] == ".."
-
-
-# --------------------------------------------------------------------------------------------------
-# process_task: what changes the files. Two are built in; anything else is a plug-in.
+# -- process_task: what changes the files. Two are built in; anything else is a plug-in. -----------
 
 
 @dataclass(frozen=True)
@@ -1505,20 +1419,15 @@ class Work:
     stop: threading.Event
 
 
-class Result(NamedTuple):
-    """What `process_task` left beside the changed files: a summary for people, and its output."""
+def process_task(work: Work) -> tuple[str, str]:
+    """Changes the workspace's files as AGENT_PROCESS_TASK says: (summary for people, output).
 
-    summary: str = ""
-    output: str = ""
-
-
-def process_task(work: Work) -> Result:
-    """Changes the workspace's files as AGENT_PROCESS_TASK says; raises TaskFailed or TaskRetry."""
-    built_in = {"patch": process_patch, "command": process_command}
-    return built_in.get(work.config.process_task, process_plugin)(work)
+    Raises TaskFailed, TaskRetry or Stopping.
+    """
+    return BUILT_IN.get(work.config.process_task, process_plugin)(work)
 
 
-def process_patch(work: Work) -> Result:
+def process_patch(work: Work) -> tuple[str, str]:
     """Applies the instruction's ```diff and ```patch blocks, all of them or none."""
     text = work.task.instruction
     fences = [f for f in scan_fences(text) if f.language in ("diff", "patch") and f.end >= 0]
@@ -1529,8 +1438,8 @@ def process_patch(work: Work) -> Result:
         work.checkout.apply("".join(text[fence.inside : fence.close] for fence in fences))
     except GitFailed as failure:
         advice = f"Make it against the newest commit of {code(work.checkout.workspace.base)}."
-        raise TaskFailed("The patch does not apply.", advice, failure.text) from None
-    return Result()
+        raise TaskFailed("The patch does not apply.", advice, failure.output) from None
+    return "", ""
 
 
 def command_words(config: Config, instruction: str, instruction_file: Path) -> list[str]:
@@ -1538,11 +1447,14 @@ def command_words(config: Config, instruction: str, instruction_file: Path) -> l
 
     The program is looked for where the runner runs, never in the workspace.
     """
+    if not config.command:
+        raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
     if config.shell:
         return ["/bin/sh", "-c", config.command]
-    words = shlex.split(config.command)
-    if not words:
-        raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
+    try:
+        words = shlex.split(config.command)
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words: {error}") from None
     if not (program := shutil.which(words[0], path=config.env.get("PATH"))):
         raise ValueError(f"names the program {words[0]!r}, which is not on the PATH")
     if instruction.startswith("-"):
@@ -1576,15 +1488,8 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> Finished:
     config.home.mkdir(parents=True, exist_ok=True)
     (checkout.folder / "task.md").write_text(work.task.instruction + "\n", "utf-8")
     try:
-        done = run_process(
-            command,
-            cwd=checkout.workspace.path,
-            env=agent_environment(work),
-            stdin=stdin.encode(),
-            timeout=config.task_timeout,
-            stop=work.stop,
-            merged=True,
-        )
+        env, limit = agent_environment(work), config.task_timeout
+        done = run_process(command, checkout.workspace.path, env, limit, stdin.encode(), work.stop, merged=True)
     except OSError as error:
         advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
         raise TaskFailed(f"The agent cannot be started: {error.strerror}.", advice) from None
@@ -1592,12 +1497,11 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> Finished:
         raise Stopping
     if done.ended:
         advice = "Ask for less at a time, or let the runner's owner raise AGENT_TASK_TIMEOUT."
-        why = f"The agent ran out of time ({duration(config.task_timeout)})."
-        raise TaskFailed(why, advice, done.output)
+        raise TaskFailed(f"The agent ran out of time ({duration(limit)}).", advice, done.output)
     return done
 
 
-def process_command(work: Work) -> Result:
+def process_command(work: Work) -> tuple[str, str]:
     """Runs AGENT_COMMAND; the instruction is on standard input, in a file, and in the words."""
     file, instruction = work.checkout.folder / "task.md", work.task.instruction
     done = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
@@ -1605,7 +1509,7 @@ def process_command(work: Work) -> Result:
         how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"
         raise TaskFailed(f"The agent ended with {how}.", output=done.output)
     summary = read_regular(work.checkout.folder / "tmp/summary.md").decode("utf-8", "replace")
-    return Result(summary.strip() or folded_output(done.output), done.output)
+    return summary.strip() or folded_output(done.output), done.output
 
 
 def read_regular(path: Path, limit: int = MAX_BODY) -> bytes:
@@ -1620,25 +1524,21 @@ def read_regular(path: Path, limit: int = MAX_BODY) -> bytes:
     return b""
 
 
-def process_plugin(work: Work) -> Result:
+BUILT_IN = {"patch": process_patch, "command": process_command}
+PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
+
+
+def process_plugin(work: Work) -> tuple[str, str]:
     """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
-    verdict = work.checkout.folder / "tmp/verdict.json"
-    order = {
-        "task": dataclasses.asdict(work.task),
-        "workspace": dataclasses.asdict(work.checkout.workspace),
-        "verdict": verdict,
-    }
+    order = {"task": dataclasses.asdict(work.task), **dataclasses.asdict(work.checkout.workspace)}
     done = run_agent(work, plugin_command(work.config), json.dumps(order, default=str))
-    try:
-        kind, text = json.loads(read_regular(verdict))
-    except ValueError:
+    text = read_regular(work.checkout.folder / "tmp/summary.md").decode("utf-8", "replace")
+    if done.code == PLUGIN_CODES["retry"]:
+        raise TaskRetry(text, output=done.output)
+    if done.code:
         why = f"The plug-in ended with status {done.code} before it had returned."
-        raise TaskFailed(why, output=done.output) from None
-    if kind == "retry":
-        raise TaskRetry(text, done.output)
-    if kind == "failed":
-        raise TaskFailed(text, output=done.output)
-    return Result(text, done.output)
+        raise TaskFailed(text if done.code == PLUGIN_CODES["failed"] else why, output=done.output)
+    return text, done.output
 
 
 def plugin_command(config: Config) -> list[str]:
@@ -1646,14 +1546,16 @@ def plugin_command(config: Config) -> list[str]:
     return [sys.executable, str(Path(__file__).absolute()), "--plugin", config.process_task]
 
 
-def serve_plugin(spec: str, order: str) -> None:
+def serve_plugin(spec: str, order: str) -> int:
     """The other side of `process_plugin`; without an order it only loads the plug-in."""
     function = load_plugin(spec)
-    if order:
-        given = json.loads(order)
-        workspace = Workspace(**given["workspace"] | {"path": Path(given["workspace"]["path"])})
-        answer = call_plugin(function, Task(**given["task"]), workspace)
-        Path(given["verdict"]).write_text(json.dumps(answer), "utf-8")
+    if not order:
+        return 0
+    given = json.loads(order)
+    workspace = Workspace(Path(given["path"]), given["base"], given["commit"])
+    kind, text = call_plugin(function, Task(**given["task"]), workspace)
+    Path(os.environ["AGENT_SUMMARY_FILE"]).write_text(encodable(text), "utf-8")
+    return PLUGIN_CODES[kind]
 
 
 def load_plugin(spec: str) -> Callable[..., Any]:
@@ -1661,12 +1563,12 @@ def load_plugin(spec: str) -> Callable[..., Any]:
     place, _, name = spec.rpartition(":")
     sys.modules["runner"] = sys.modules[__name__]  # its TaskFailed and ours are to be the same
     if place.endswith(".py"):
-        found = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if not found or not found.loader:
-            raise ImportError(f"{place} is not a Python file")
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module
-        found.loader.exec_module(module)
+        sys.path.insert(0, str(Path(place).parent))  # for what lies beside it
+        loader = SourceFileLoader("agent_plugin", place)
+        found = importlib.util.spec_from_loader("agent_plugin", loader)
+        assert found  # noqa: S101 (a loader that is given is there)
+        sys.modules["agent_plugin"] = module = importlib.util.module_from_spec(found)
+        loader.exec_module(module)
     else:
         module = importlib.import_module(place)
     function: Callable[..., Any] = getattr(module, name)
@@ -1695,12 +1597,13 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
 
 def explain(error: RunnerError) -> str:
     """An error and, if it has one, the advice that goes with it."""
-    advice = getattr(error, "advice", "")
-    return f"{str(error).rstrip('.')}. {advice}" if advice else str(error)
+    return f"{error.why.rstrip('.')}. {error.advice}" if error.advice else error.why
 
 
-# --------------------------------------------------------------------------------------------------
-# The story of one task.
+# -- The story of one task. ------------------------------------------------------------------------
+
+
+STOPPED = "The runner was stopped. The task is queued, and starts over when it is back."
 
 
 class Attempt:
@@ -1713,7 +1616,7 @@ class Attempt:
     def __init__(self, runner: Runner, number: int, attempt: int = 1, comment: int | None = None) -> None:
         self._runner, self._config, self._github = runner, runner.config, runner.github
         self._clock, self._begun = runner.clock, runner.clock.monotonic()
-        self._run = runner.new_run()
+        self._run = secrets.token_hex(8)
         self.number, self.attempt, self.comment = number, attempt, comment
         self.updated, self.pause = "", 0.0
 
@@ -1729,10 +1632,11 @@ class Attempt:
         self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
         try:
             check_task(task, self._config)
-            self._announce(task)
+            log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
+            self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}.")
             return self._done(task, self._carry_out(task))
         except Stopping:
-            self.release("The runner was stopped. The task is queued, and starts over when it is back.")
+            self.release(STOPPED)
             return "stopped"
         except TaskRetry as retry:
             return self._retry(task, retry)
@@ -1758,46 +1662,39 @@ class Attempt:
             self.release("It is not tried again: the issue was closed, or lost its label.")
         return None
 
-    def _announce(self, task: Task) -> None:
-        log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
-        text = f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}."
-        if self.comment is None:
-            self.comment = self._comment("start", text)
-        else:
-            self._edit_comment(text)
-
     def _carry_out(self, task: Task) -> dict[str, Any]:
         """Work, commit, push, pull request: what the task is about."""
         runner, config = self._runner, self._config
         mirror = Mirror(runner.git, config.state_dir, task.target_repo)
         base_ref, ref = f"refs/heads/{task.base}" if task.base else "HEAD", f"refs/heads/{task.branch}"
-        remote = self._patiently(lambda: mirror.look(base_ref, ref))
-        if base_ref not in remote.refs:
-            raise no_base(task, remote)
-        base = task.base or remote.default_branch
-        commit = self._patiently(lambda: mirror.fetch(f"refs/heads/{base}", remote.refs[base_ref]))
-        if ref in remote.refs:
-            published = self._patiently(lambda: mirror.fetch(ref, remote.refs[ref]))
+        default, refs = runner.patiently(lambda: mirror.look(base_ref, ref))
+        base = task.base or default
+        if base_ref not in refs:
+            why = f"{task.target_repo} has no branch {code(base)}." if base else f"{task.target_repo} is empty."
+            raise TaskFailed(why, f"Its default branch is {code(default)}." if default else "Push a first commit.")
+        commit = runner.patiently(lambda: mirror.fetch(f"refs/heads/{base}", refs[base_ref]))
+        if ref in refs:
+            published = runner.patiently(lambda: mirror.fetch(ref, refs[ref]))
             return self._adopt(task, mirror, base, commit, published)
         checkout = Checkout(runner.git, mirror, config.state_dir / "work" / self._run, base, commit)
         try:
-            result, made = self._change(task, checkout)
+            summary, made = self._change(task, checkout)
             stat = diffstat(runner.git, checkout.git_dir, commit, made)
-            self._patiently(lambda: checkout.push(made, task.branch, task.target_repo))
+            runner.patiently(lambda: checkout.push(made, task.branch, task.target_repo))
         finally:
             checkout.remove()
-        return self._open_pull(task, base, result.summary, stat)
+        return self._open_pull(task, base, summary, stat)
 
-    def _change(self, task: Task, checkout: Checkout) -> tuple[Result, str]:
+    def _change(self, task: Task, checkout: Checkout) -> tuple[str, str]:
         """Runs `process_task` in a fresh checkout and commits what it changed."""
         checkout.fill(task.branch)
-        result = process_task(Work(task, checkout, self._config, self._runner.kill))
+        summary, output = process_task(Work(task, checkout, self._config, self._runner.kill))
         made = checkout.commit(commit_message(task, self._run), self._config)
         if not made:
             advice = "If there is something to change, say more precisely what and where."
-            raise TaskFailed("The agent changed nothing.", advice, result.output)
+            raise TaskFailed("The agent changed nothing.", advice, output)
         log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
-        return result, made
+        return summary, made
 
     def _adopt(self, task: Task, mirror: Mirror, base: str, commit: str, published: str) -> dict[str, Any]:
         """The branch is there: if an earlier run of this issue pushed it, what is left is done."""
@@ -1816,8 +1713,8 @@ class Attempt:
         return self._github.open_pull(task.target_repo, task.branch, wanted)
 
     def _done(self, task: Task, pull: Mapping[str, Any]) -> str:
-        rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
-        self._close(task, "done", f"Done: {pull['html_url']}", rows)
+        number = f"{task.target_repo}#{pull['number']}"
+        self._close(task, "done", f"Done: {pull['html_url']}", {"Pull request": number, "Branch": code(task.branch)})
         log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
         return "done"
 
@@ -1833,7 +1730,8 @@ class Attempt:
         seconds = self._clock.monotonic() - self._begun
         details = {"Task": code(task.task_id), **rows, "Attempt": str(self.attempt)}
         details["Duration"] = duration(seconds)
-        self._comment("end", blocks(text, table(details)), output, metadata_comment(task.metadata))
+        body = render_comment(self._run, "end", blocks(text, table(details)), output, metadata_comment(task.metadata))
+        self._github.comment(self.number, body, step_marker(self._run, "end"), self.updated)
         label = self._config.done_label if end == "done" else self._config.failed_label
         self._github.add_label(self.number, label, LABELS[end])
         self._github.remove_label(self.number, self._config.processing_label)
@@ -1845,37 +1743,27 @@ class Attempt:
         log.warning("issue=%d task=%s again in %.0f s: %s", self.number, task.slug, self.pause, retry.why)
         again = f"It will be tried again in {duration(self.pause)}."
         why = f"Attempt {self.attempt} did not work out: {harmless(retry.why)}"
-        self._edit_comment(blocks(why, again), retry.output)
+        self._say(blocks(why, again), retry.output)
         return "retry"
 
     def release(self, why: str) -> None:
         """Takes the issue out of work without an end."""
         log.info("issue=%d released: %s", self.number, why)
-        self._edit_comment(why)
+        if self.comment is not None:
+            self._say(why)
         self._github.remove_label(self.number, self._config.processing_label)
 
-    def _comment(self, step: str, text: str, output: str = "", metadata: str = "") -> int:
-        body = render_comment(self._run, step, text, output, metadata)
-        return self._github.comment(self.number, body, step_marker(self._run, step), self.updated)
-
-    def _edit_comment(self, text: str, output: str = "") -> None:
-        if self.comment is not None:
-            self._github.edit_comment(self.comment, render_comment(self._run, "start", text, output))
-
-    def _patiently(self, step: Callable[[], T]) -> T:
-        return patiently(step, self._clock, self._runner.stop)
+    def _say(self, text: str, output: str = "") -> None:
+        """The comment that tells how the task goes on: made once, edited from then on."""
+        body = render_comment(self._run, "start", text, output)
+        if self.comment is None:
+            marker = step_marker(self._run, "start")
+            self.comment = self._github.comment(self.number, body, marker, self.updated)
+        else:
+            self._github.edit_comment(self.comment, body)
 
 
-def no_base(task: Task, remote: Remote) -> TaskFailed:
-    """Why there is nothing to start from."""
-    if not task.base:
-        return TaskFailed(f"{task.target_repo} has no commit to start from.")
-    why = f"{task.target_repo} has no branch {code(task.base)}."
-    return TaskFailed(why, f"Its default branch is {code(remote.default_branch)}.")
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop: poll, admit, wait; until told to stop.
+# -- The loop: poll, admit, wait; until told to stop. ----------------------------------------------
 
 
 class Runner:
@@ -1885,16 +1773,12 @@ class Runner:
     ends the wait for the next tick.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        clock: Clock | None = None,
-        new_run: Callable[[], str] = lambda: secrets.token_hex(8),
-    ) -> None:
-        self.config, self.clock, self.new_run = config, clock or Clock(), new_run
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        self.config, self.clock = config, clock or Clock()
         self.stop, self.kill, self.wake = threading.Event(), threading.Event(), threading.Event()
         self.github = GitHub(config, self.clock, self.stop)
         self.git = Git(config)
+        self.patiently = functools.partial(patiently, clock=self.clock, stop=self.stop)
         self.queue = Queue(config, self.github)
         self.outcomes: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="task")
@@ -2032,13 +1916,10 @@ class Runner:
         self._collect()
         for _, attempt in self._again:
             with contextlib.suppress(RunnerError):
-                attempt.release(
-                    "The runner was stopped. The task is queued, and starts over when it is back."
-                )
+                attempt.release(STOPPED)
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line.
+# -- The command line. -----------------------------------------------------------------------------
 
 EPILOG = """\
 Everything else is set by environment variables, or in a file .env in the current folder; README.md
@@ -2048,78 +1929,64 @@ wrongly.
 """
 
 
-class Finding(NamedTuple):
-    """One line of `--check`: whether it holds, what it is, and what to do if it does not."""
-
-    good: bool
-    what: str
-    advice: str = ""
-
-
-def examine(config: Config) -> Iterator[Finding]:
-    """What a task will need, tried out without changing anything on GitHub."""
-    runner = Runner(config)
-    local = [examine_git(runner.git), examine_state(config), examine_agent(config)]
-    yield from local
-    for repo in dict.fromkeys((config.dispatch_repo, config.target_repo)):
-        try:
-            data = runner.github.request("GET", f"/repos/{repo}").data
-            good = bool(data.get("permissions", {}).get("push"))
-            yield Finding(good, f"{repo}: the token's user may write", ADVICE[403])
-            if repo == config.dispatch_repo:
-                yield Finding(bool(data["has_issues"]), f"{repo}: issues are on", "Turn them on in Settings.")
-        except RunnerError as error:
-            yield Finding(False, f"{repo}: {error}", getattr(error, "advice", ""))
-    if not all(finding.good for finding in local):
-        return
-    try:
-        branch = Mirror(runner.git, config.state_dir, config.target_repo).look("HEAD").default_branch
-        yield Finding(
-            bool(branch), f"git reads {config.target_repo}, branch {branch}", "Push a first commit."
-        )
-    except RunnerError as error:
-        yield Finding(False, f"git: {error}", getattr(error, "advice", ""))
-
-
-def examine_git(git: Git) -> Finding:
+def check_machine(config: Config) -> str:
     """Settings by environment, on which the token's safety rests, came with git 2.31."""
-    advice = "Install git 2.31 or newer."
-    try:
-        version = git("version", git_dir=Path("/")).split()[2]
-    except (OSError, GitFailed) as error:
-        return Finding(False, f"git does not start: {error}", advice)
-    return Finding([int(n) for n in re.findall(r"\d+", version)[:2]] >= [2, 31], f"git {version}", advice)
-
-
-def examine_state(config: Config) -> Finding:
     try:
         config.state_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.state_dir).close()
     except OSError as error:
         advice = "Set AGENT_STATE_DIR to a folder that the runner may write to."
-        return Finding(False, f"{config.state_dir}: {error.strerror}", advice)
-    return Finding(True, f"{config.state_dir} can be written to")
+        raise TaskFailed(f"{config.state_dir}: {error.strerror}", advice) from None
+    try:
+        version = Git(config)("version", git_dir=config.state_dir).split()[2]
+    except (OSError, GitFailed) as error:
+        raise TaskFailed(f"git does not start: {error}", "Install git 2.31 or newer.") from None
+    if [int(number) for number in re.findall(r"\d+", version)[:2]] < [2, 31]:
+        raise TaskFailed(f"git {version} is too old", "Install git 2.31 or newer.")
+    return f"git {version}, state in {config.state_dir}"
 
 
-def examine_agent(config: Config) -> Finding:
+def check_agent(config: Config) -> str:
     """A plug-in is loaded; the built-ins were looked at with the variables."""
-    what = f"process_task: {config.process_task}"
-    if config.process_task in ("patch", "command"):
-        return Finding(True, what)
-    env = {name: config.env[name] for name in ("PATH", *config.agent_env) if name in config.env}
-    done = run_process(plugin_command(config), cwd=Path("/"), env=env, timeout=60, merged=True)
-    reason = "" if not done.code else f": {last_lines(done.output).splitlines()[-1]}"
-    return Finding(not done.code, what + reason, "Mend the plug-in, or AGENT_PROCESS_TASK.")
+    if config.process_task not in BUILT_IN:
+        env = {name: config.env[name] for name in ("PATH", *config.agent_env) if name in config.env}
+        done = run_process(plugin_command(config), cwd=Path("/"), env=env, timeout=60, merged=True)
+        if done.code:
+            why = f"process_task: {config.process_task}: {last_lines(done.output).splitlines()[-1]}"
+            raise TaskFailed(why, "Mend the plug-in, or AGENT_PROCESS_TASK.")
+    return f"process_task: {config.process_task}"
 
 
-def report(findings: Iterator[Finding]) -> int:
-    """Prints findings as they come in; the exit code."""
+def check_repository(config: Config, repo: str) -> str:
+    """What the API says of a repository that is needed."""
+    data = Runner(config).github.request("GET", f"/repos/{repo}").data
+    if not data.get("permissions", {}).get("push"):
+        raise TaskFailed(f"{repo}: the token's user may not write", ADVICE[403])
+    if repo == config.dispatch_repo and not data["has_issues"]:
+        raise TaskFailed(f"{repo}: issues are off", "Turn them on in its settings.")
+    return f"{repo}: the token's user may write"
+
+
+def check_fetch(config: Config) -> str:
+    check_machine(config)
+    branch, _ = Mirror(Git(config), config.state_dir, config.target_repo).look("HEAD")
+    if not branch:
+        raise TaskFailed(f"{config.target_repo} is empty", "Push a first commit.")
+    return f"git reads {config.target_repo}, branch {branch}"
+
+
+def examine(config: Config) -> int:
+    """Tries what a task will need without changing anything on GitHub; the exit code."""
+    repos = dict.fromkeys((config.dispatch_repo, config.target_repo))
+    checks: list[Callable[[Config], str]] = [check_machine, check_agent]
+    checks += [functools.partial(check_repository, repo=repo) for repo in repos]
     code = 0
-    for finding in findings:
-        print("✓" if finding.good else "✗", finding.what, flush=True)
-        if not finding.good:
+    for check in (*checks, check_fetch):
+        try:
+            print("✓", check(config), flush=True)
+        except RunnerError as error:
             code = 1
-            print("  →", finding.advice, flush=True)
+            print(f"✗ {error.why}\n  →", error.advice or "Try again later.", flush=True)
     return code
 
 
@@ -2138,27 +2005,15 @@ class _Format(logging.Formatter):
 
 
 def watch_signals(runner: Runner) -> None:
-    """SIGTERM and SIGINT stop the runner, a second one at once; SIGHUP has it look for work.
+    """SIGTERM and SIGINT stop the runner, a second one at once; SIGHUP has it look for work."""
 
-    A handler could interrupt the main thread while it holds the very lock that `Event.set` takes.
-    So the signals only write a byte, and a thread acts on it.
-    https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno())
+    def act(number: int, _frame: object) -> None:
+        # In a thread: the handler may have interrupted the holder of the lock that Event.set takes.
+        stop = functools.partial(runner.request_stop, now=runner.stop.is_set())
+        threading.Thread(target=runner.request_poll if number == signal.SIGHUP else stop).start()
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
-
-    def act() -> None:
-        with writer:
-            while number := reader.recv(1):
-                if number[0] == signal.SIGHUP:
-                    runner.request_poll()
-                elif number[0] in (signal.SIGTERM, signal.SIGINT):
-                    runner.request_stop(now=runner.stop.is_set())
-
-    threading.Thread(target=act, name="signals", daemon=True).start()
+        signal.signal(number, act)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -2178,10 +2033,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(config: Config, once: bool, issue: int | None) -> int:
     """The daemon, or one round of it; the exit code."""
-    for finding in (examine_state(config), examine_agent(config)):
-        if not finding.good:
-            log.error("cannot start: %s. %s", finding.what, finding.advice)
-            return 2
+    try:
+        check_machine(config)
+        check_agent(config)
+    except TaskFailed as problem:
+        log.error("cannot start: %s", explain(problem))
+        return 2
     runner = Runner(config)
     watch_signals(runner)
     try:
@@ -2205,8 +2062,7 @@ def run(config: Config, once: bool, issue: int | None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.plugin:
-        serve_plugin(options.plugin, sys.stdin.read())
-        return 0
+        return serve_plugin(options.plugin, sys.stdin.read())
     # Read, not loaded: what is in .env must not get into the environment that others inherit.
     file = dotenv_values(Path.cwd() / ".env", interpolate=False)
     env = {name: value or "" for name, value in file.items()}
@@ -2222,7 +2078,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for warning in config.unknown():
         log.warning("%s", warning)
     if options.check:
-        return report(examine(config))
+        return examine(config)
     return run(config, options.once, options.issue)
 
 

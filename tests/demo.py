@@ -123,9 +123,7 @@ def show_result(github: StandIn, number: int) -> None:
     requests = github.rest()
     for request in requests:
         print(f"   {request.method:6} {request.path}")
-    print(
-        f"\n   {len(requests)} REST requests; the two PATCH give new labels their colours, once and for all."
-    )
+    print(f"\n   {len(requests)} REST requests; the two PATCH give new labels their colours, once and for all.")
 
 
 def title(text: str) -> None:

@@ -107,6 +107,4 @@ class _Request:
         self.path = path
         self.method = request.method.lower()
         self.body = None if request.json is None else json.dumps(request.json).encode()
-        self.parameters = RequestParameters(
-            query=ImmutableMultiDict(request.query), header=Headers(request.headers)
-        )
+        self.parameters = RequestParameters(query=ImmutableMultiDict(request.query), header=Headers(request.headers))

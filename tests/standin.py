@@ -236,9 +236,7 @@ class StandIn:
         self.stopping.clear()
         server = self._server = self._server or _Server(self, self.port)
         server.server_activate()
-        self._thread = threading.Thread(
-            target=server.serve_forever, args=(0.02,), name="standin", daemon=True
-        )
+        self._thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="standin", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -370,9 +368,7 @@ class StandIn:
                 self.add_label(name, issue.number, label)
         return issue.number
 
-    def edit_issue(
-        self, name: str, number: int, *, title: str | None = None, body: str | None = None
-    ) -> None:
+    def edit_issue(self, name: str, number: int, *, title: str | None = None, body: str | None = None) -> None:
         with self.lock:
             issue = self.issue(name, number)
             issue.title = issue.title if title is None else title
@@ -599,9 +595,7 @@ class Call:
         query = f"?{urlencode(self.query)}" if self.query else ""
         url = f"{self.github.api_url}/repositories/{repo.id}{tail}{query}"
         permanent = self.request.method == "GET"
-        refusal = HttpError(
-            301 if permanent else 307, "Moved Permanently" if permanent else "Temporary Redirect"
-        )
+        refusal = HttpError(301 if permanent else 307, "Moved Permanently" if permanent else "Temporary Redirect")
         refusal.answer.data["url"] = refusal.answer.headers["location"] = url
         return refusal
 
@@ -642,9 +636,7 @@ REPO = "/repos/{owner}/{repo}"
 ISSUE = REPO + "/issues/{number}"
 
 
-def route(
-    method: str, template: str, accepts: str = "", *, locked: bool = True
-) -> Callable[[Handler], Handler]:
+def route(method: str, template: str, accepts: str = "", *, locked: bool = True) -> Callable[[Handler], Handler]:
     """Register a handler; `locked`: it runs with the state to itself."""
     pattern = template.replace("{number}", r"(?P<number>\d+)")
     pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern)
@@ -792,10 +784,7 @@ def page_of(call: Call, rows: Sequence[T], render: Callable[[T], Json]) -> Answe
     if page > 1:
         others["first"] = 1
     base = f"{call.github.api_url}/repositories/{call.repo.id}{call.tail}"
-    links = [
-        f'<{base}?{urlencode(call.query | {"page": str(number)})}>; rel="{rel}"'
-        for rel, number in others.items()
-    ]
+    links = [f'<{base}?{urlencode(call.query | {"page": str(number)})}>; rel="{rel}"' for rel, number in others.items()]
     shown = rows[(page - 1) * size : page * size]
     headers = {"link": ", ".join(links)} if links else {}
     return Answer(200, [render(row) for row in shown], headers)
@@ -1352,9 +1341,7 @@ class _Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)  # HTTPServer would ask the name service who we are
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        thread = threading.Thread(
-            target=self.process_request_thread, args=(request, client_address), daemon=True
-        )
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
         self.connections[thread] = request
         thread.start()
 

@@ -218,9 +218,7 @@ def test_a_state_folder_that_cannot_be_written_to_stops_the_start(world: World) 
 
 
 def test_a_secret_that_gets_into_a_log_line_is_masked(world: World) -> None:
-    _, _, err = finish(
-        world.start("--once", AGENT_POLL_INTERVALL="x", **{f"AGENT_{world.github.token}": "1"})
-    )
+    _, _, err = finish(world.start("--once", AGENT_POLL_INTERVALL="x", **{f"AGENT_{world.github.token}": "1"}))
     assert "AGENT_***" in err
     assert world.github.token not in err
 
@@ -237,7 +235,7 @@ def test_check_finds_everything_in_place(world: World) -> None:
     ("env", "told"),
     [
         ({"GITHUB_TOKEN": "ghp_wrong"}, "check GITHUB_TOKEN"),
-        ({"AGENT_TARGET_REPO": "acme/nowhere"}, "✗ acme/nowhere: GitHub answered 404"),
+        ({"AGENT_TARGET_REPO": "acme/nowhere"}, "✗ GitHub answered 404 to GET /repos/acme/nowhere"),
         ({"AGENT_STATE_DIR": "/proc/nowhere"}, "Set AGENT_STATE_DIR to a folder"),
         (
             {"AGENT_PROCESS_TASK": "no_such_module:process_task"},
@@ -257,7 +255,7 @@ def test_check_finds_a_missing_permission_and_issues_turned_off(world: World) ->
     world.github.repository(DISPATCH).has_issues = False
     code, out, _ = finish(world.start("--check"))
     assert code == 1
-    assert f"✗ {DISPATCH}: issues are on" in out
+    assert f"✗ {DISPATCH}: issues are off" in out
 
 
 def test_check_finds_an_old_git(world: World, tmp_path: Path) -> None:
@@ -266,7 +264,7 @@ def test_check_finds_an_old_git(world: World, tmp_path: Path) -> None:
     git.write_text("#!/bin/sh\necho git version 2.20.1\n")
     git.chmod(0o755)
     _, out, _ = finish(world.start("--check", PATH=f"{tmp_path}/bin:{os.environ['PATH']}"))
-    assert "✗ git 2.20.1\n  → Install git 2.31 or newer." in out
+    assert "✗ git 2.20.1 is too old\n  → Install git 2.31 or newer." in out
     git.write_text("#!/bin/sh\nexit 3\n")
     _, out, _ = finish(world.start("--check", PATH=f"{tmp_path}/bin"))
     assert "✗ git does not start" in out
@@ -274,15 +272,11 @@ def test_check_finds_an_old_git(world: World, tmp_path: Path) -> None:
 
 def test_the_file_is_a_module_without_side_effects() -> None:
     code = "import sys, threading, runner; print(threading.active_count(), runner.__version__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=RUNNER.parent, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=RUNNER.parent, capture_output=True, text=True, check=True)
     assert done.stdout == f"1 {runner_module.__version__}\n"
 
 
-def test_main_returns_its_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_returns_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("GITHUB_TOKEN", "")
     assert main([]) == 2
     assert "GITHUB_TOKEN is not set" in capsys.readouterr().err

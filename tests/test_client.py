@@ -275,9 +275,7 @@ def test_a_netrc_file_does_not_replace_the_token(
     assert world.requests()[0].headers["authorization"] == f"Bearer {world.github.token}"
 
 
-def test_a_request_without_an_answer_ends(
-    world: World, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_without_an_answer_ends(world: World, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "HTTP_TIMEOUT", (0.2, 0.2))
     world.github.faults.append(Fault(delay=1))
     with pytest.raises(Unreachable, match="timed out"):

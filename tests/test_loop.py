@@ -132,9 +132,7 @@ def test_stopping_lets_work_finish_and_takes_no_more(world: World) -> None:
 
 
 @pytest.mark.parametrize(("drain", "again"), [("0", False), ("600", True)])
-def test_work_that_does_not_finish_in_time_is_ended_and_queued_again(
-    world: World, drain: str, again: bool
-) -> None:
+def test_work_that_does_not_finish_in_time_is_ended_and_queued_again(world: World, drain: str, again: bool) -> None:
     world.open(patch(1))
     env = {"AGENT_DRAIN_SECONDS": drain, "AGENT_SHELL": "1", "AGENT_COMMAND": sleeper(world)}
     daemon = Daemon(world, **env)
@@ -176,9 +174,7 @@ def test_a_failed_poll_is_repeated_less_and_less_soon(world: World) -> None:
     assert runner._polls_failed == 0
 
 
-def test_a_poll_that_is_refused_is_told_with_what_to_do(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_poll_that_is_refused_is_told_with_what_to_do(world: World, caplog: pytest.LogCaptureFixture) -> None:
     Runner(world.config(GITHUB_TOKEN="ghp_wrong"), FakeClock()).tick()
     assert "answered 401" in caplog.text
     assert "check GITHUB_TOKEN" in caplog.text
@@ -238,9 +234,7 @@ def test_one_log_line_tells_each_step(world: World, caplog: pytest.LogCaptureFix
     ]
 
 
-def test_nothing_of_the_token_is_written_anywhere_by_a_task(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_of_the_token_is_written_anywhere_by_a_task(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     world.open(patch(1))
     world.open("No patch.")

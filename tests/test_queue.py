@@ -104,9 +104,7 @@ def test_a_thousand_issues_just_finished_cost_no_quota_either(world: World, queu
     assert polled(world, queue) == [304]
 
 
-def test_the_101st_issue_is_found_although_the_full_page_before_it_did_not_change(
-    world: World, queue: Queue
-) -> None:
+def test_the_101st_issue_is_found_although_the_full_page_before_it_did_not_change(world: World, queue: Queue) -> None:
     for _ in range(100):
         world.open(labels=DONE)
     queue.poll()

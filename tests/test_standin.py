@@ -519,9 +519,7 @@ def test_a_second_pull_request_for_a_branch_is_422_until_the_first_is_closed(
 def test_of_many_who_open_the_same_pull_request_one_wins(github: StandIn) -> None:
     branch_off(github, "work")
     statuses: list[int] = []
-    racers = [
-        threading.Thread(target=lambda: statuses.append(post(github, PULLS, PULL).status)) for _ in range(8)
-    ]
+    racers = [threading.Thread(target=lambda: statuses.append(post(github, PULLS, PULL).status)) for _ in range(8)]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -750,9 +748,7 @@ def test_the_refs_of_pull_requests_are_githubs_own(github: StandIn, clone: Path)
         git(github, "push", "origin", "HEAD:refs/pull/1/head", cwd=clone)
 
 
-def test_a_large_push_comes_in_chunks_and_a_partial_clone_works(
-    github: StandIn, clone: Path, tmp_path: Path
-) -> None:
+def test_a_large_push_comes_in_chunks_and_a_partial_clone_works(github: StandIn, clone: Path, tmp_path: Path) -> None:
     noise = "".join(f"{hash((number, 'x'))}\n" for number in range(200_000))
     sha = commit(github, clone, "big.txt", noise)
     git(github, "push", "--quiet", "origin", "HEAD:main", cwd=clone)

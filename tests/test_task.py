@@ -191,7 +191,7 @@ def test_an_empty_target_is_told(world: World) -> None:
     world.github.add_repository("acme/empty", files=None)
     world.open(dispatch_body(target_repo="acme/empty"))
     world.run_once(AGENT_ALLOWED_TARGETS="acme/*")
-    assert "no commit to start from" in failed(world)
+    assert "acme/empty is empty." in failed(world)
 
 
 def test_a_stranger_is_refused_and_his_metadata_not_read(world: World) -> None:
@@ -645,9 +645,7 @@ def test_an_issue_that_is_taken_back_between_two_attempts_is_let_go(world: World
         "close_issue": lambda: world.github.close_issue(DISPATCH, number),
         "unlabel": lambda: world.github.remove_label(DISPATCH, number, "copilot-agent"),
     }
-    world.github.faults.append(
-        Fault(method="GET", path=f".*/issues/{number}", after=1, action=changes[change])
-    )
+    world.github.faults.append(Fault(method="GET", path=f".*/issues/{number}", after=1, action=changes[change]))
     runner = retried(world, RETRY + "    raise runner.TaskRetry('model is busy')")
     assert runner.outcomes == {"skipped": 1}
     assert "agent-processing" not in world.labels()

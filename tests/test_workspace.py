@@ -25,7 +25,7 @@ class Place:
         self.world, self.config = world, world.config(**env)
         self.git = Git(self.config)
         self.mirror = Mirror(self.git, self.config.state_dir, TARGET)
-        commit = self.mirror.fetch(MAIN, self.mirror.look(MAIN).refs[MAIN])
+        commit = self.mirror.fetch(MAIN, self.mirror.look(MAIN)[1][MAIN])
         folder = self.config.state_dir / "work" / name
         self.checkout = Checkout(self.git, self.mirror, folder, "main", commit)
         self.checkout.fill("agent-task-1")
@@ -43,9 +43,7 @@ class Place:
     def agents_git(self, *command: str) -> str:
         """Git as the agent would run it, with its own `.git`."""
         env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-        done = subprocess.run(
-            ["git", *command], cwd=self.path, env=env, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", *command], cwd=self.path, env=env, capture_output=True, text=True, check=True)
         return done.stdout
 
 
@@ -274,10 +272,7 @@ def test_a_branch_that_became_a_folder_can_be_fetched(world: World, place: Place
 
 def test_threads_share_a_mirror(world: World) -> None:
     places: list[Place] = []
-    threads = [
-        threading.Thread(target=lambda name=str(index): places.append(Place(world, name)))
-        for index in range(6)
-    ]
+    threads = [threading.Thread(target=lambda name=str(index): places.append(Place(world, name))) for index in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -288,8 +283,8 @@ def test_threads_share_a_mirror(world: World) -> None:
 def test_an_empty_repository_has_no_default_branch(world: World) -> None:
     world.github.add_repository("acme/empty", files=None)
     config = world.config()
-    remote = Mirror(Git(config), config.state_dir, "acme/empty").look("HEAD")
-    assert remote.refs == {}
+    found = Mirror(Git(config), config.state_dir, "acme/empty").look("HEAD")
+    assert found == ("", {})
 
 
 @pytest.mark.parametrize(("name", "hint"), [("acme/nowhere", "does not exist"), (TARGET, "may not")])
@@ -326,9 +321,7 @@ def spy(folder: Path) -> Path:
     real, seen = shutil.which("git"), folder / "seen"
     seen.mkdir(parents=True)
     program = folder / "bin/git"
-    write(
-        program, f'#!/bin/sh\nprintf "%s\\n" "$@" > {seen}/$$.argv\nenv > {seen}/$$.env\nexec {real} "$@"\n'
-    )
+    write(program, f'#!/bin/sh\nprintf "%s\\n" "$@" > {seen}/$$.argv\nenv > {seen}/$$.env\nexec {real} "$@"\n')
     program.chmod(0o755)
     return folder
 
