@@ -5,20 +5,14 @@
 # ///
 """Agent runner: turns labelled GitHub issues into pull requests with the agent of your choice.
 
-The life of a task:
-
-    an open issue in the dispatch repository carries the label `copilot-agent`       (queued)
-      -> the runner reads it, labels it `agent-processing` and comments              (processing)
-      -> `process_task` changes files in a clean checkout of the target repository
-      -> the runner commits, pushes `agent-task-<id>` and opens a pull request
-      -> the issue gets `agent-done` and a comment with the link                     (done)
-         or `agent-failed` and a comment that says why and how to run it again       (failed)
-
-Start it:
-
     GITHUB_TOKEN=... AGENT_DISPATCH_REPO=you/tasks AGENT_TARGET_REPO=you/project python runner.py
 
-The file reads from top to bottom; the lines with a rule on them say where which part begins.
+The life of a task: an open issue in the dispatch repository carries the label `copilot-agent`. The
+runner labels it `agent-processing` and comments; `process_task` changes files in a clean checkout of
+the target repository; the runner commits, pushes `agent-task-<id>` and opens a pull request. Then
+the issue gets `agent-done` and a comment with the link, or `agent-failed` and one that says why.
+
+The file reads from top to bottom; a rule marks the beginning of each part.
 """
 
 from __future__ import annotations
@@ -99,15 +93,17 @@ LABELS = {  # what becomes of a task: colour and description, should the reposit
 
 
 class RunnerError(Exception):
-    """The root of everything that the runner raises on purpose.
-
-    `why` is a sentence for people, `advice` says what they can do about it, `output` is what a
-    program printed, `status` an HTTP status code.
-    """
+    """The root of everything that the runner raises on purpose. `why` is a sentence for people, `advice` says what
+    they can do about it, `output` is what a program printed, `status` an HTTP status code."""
 
     def __init__(self, why: str = "", advice: str = "", output: str = "", status: int = 0) -> None:
         super().__init__(why)
         self.why, self.advice, self.output, self.status = why, advice, output, status
+
+    @property
+    def told(self) -> str:
+        """The reason and, if there is one, the advice."""
+        return f"{self.why.rstrip('.')}. {self.advice}" if self.advice else self.why
 
 
 class ConfigError(RunnerError):
@@ -249,10 +245,8 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Reads and checks every variable; raises ConfigError that names all the bad ones.
-
-        An empty value counts as unset: Compose hands `NAME=${NAME:-}` on as an empty string.
-        """
+        """Reads and checks every variable; raises ConfigError that names all the bad ones. An empty value counts as
+        unset: Compose hands `NAME=${NAME:-}` on as an empty string."""
         values: dict[str, Any] = {"env": dict(env)}
         problems = []
         for name, spec in cls.variables().items():
@@ -325,12 +319,9 @@ CONTROLS = {code: None for code in (*range(32), 127) if chr(code) not in "\n\t"}
 
 @dataclass(frozen=True)
 class Task:
-    """One dispatch issue, understood. What `process_task` gets.
-
-    `metadata` is what came in and goes back unchanged, `slug` a form of its `task_id` that is safe
-    in a branch name, `base` the branch to start from ("" is the default one), `context` what the
-    issue is about ("issue acme/widgets#42") or "", `issue` GitHub's own JSON.
-    """
+    """One dispatch issue, understood. What `process_task` gets. `metadata` is what came in and goes back unchanged,
+    `slug` a form of its `task_id` that is safe in a branch name, `base` the branch to start from ("" is the default
+    one), `context` what the issue is about ("issue acme/widgets#42") or "", `issue` GitHub's own JSON."""
 
     number: int
     dispatch_repo: str
@@ -386,11 +377,9 @@ def scan_fences(text: str) -> list[Fence]:
 
 
 def outside_fences(text: str) -> str:
-    """The text with its code fences blanked; offsets and lines stay where they are.
-
-    A fence that never closes is left as it is, although CommonMark lets it run to the end of the
-    text: one stray ``` in an instruction must not hide the metadata that follows it.
-    """
+    """The text with its code fences blanked; offsets and lines stay where they are. A fence that never closes is left
+    as it is, although CommonMark lets it run to the end of the text: one stray ``` in an instruction must not hide
+    the metadata that follows it."""
     parts, at = [], 0
     for fence in scan_fences(text):
         if fence.end >= 0:
@@ -400,10 +389,8 @@ def outside_fences(text: str) -> str:
 
 
 def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
-    """The `agent_task_metadata` comments outside code fences: (start, end, content or None).
-
-    A `-->` within a JSON string does not end the comment, although a browser would say so.
-    """
+    """The `agent_task_metadata` comments outside code fences: (start, end, content or None). A `-->` within a JSON
+    string does not end the comment, although a browser would say so."""
     plain, found, at = outside_fences(text), [], 0
     while match := METADATA_START.search(plain, at):
         start, content, at = match.end(), None, plain.find("-->", match.end()) + len("-->")
@@ -433,11 +420,9 @@ def key_lines(text: str) -> dict[str, str]:
 
 
 def find_instruction(body: str) -> str | None:
-    """The text after the `## Instruction(s)` heading, or None if there is no such heading.
-
-    It runs to the end of the body, since an instruction may hold headings of its own; the metadata
-    comment and the rule above it do not belong to it.
-    """
+    """The text after the `## Instruction(s)` heading, or None if there is no such heading. It runs to the end of the
+    body, since an instruction may hold headings of its own; the metadata comment and the rule above it do not belong
+    to it."""
     offset = 0
     for line in outside_fences(body).split("\n"):
         offset += len(line) + 1
@@ -495,9 +480,7 @@ def encodable(text: object) -> str:
 
 def is_trusted(issue: Mapping[str, Any], config: Config) -> bool:
     """Whether the author may give work: of the repository's own people, or on the owner's list.
-
-    https://docs.github.com/graphql/reference/enums#commentauthorassociation
-    """
+    https://docs.github.com/graphql/reference/enums#commentauthorassociation"""
     login = str((issue.get("user") or {}).get("login", "")).lower()
     listed = login in (name.lower() for name in config.allowed_authors)
     return listed or issue.get("author_association") in TRUSTED_ASSOCIATIONS
@@ -557,11 +540,9 @@ def check_task(task: Task, config: Config) -> None:
 
 
 def metadata_comment(metadata: Mapping[str, Any]) -> str:
-    """The hidden comment that the back end reads back, whatever the values hold.
-
-    It looks for `<!--\\s*agent_task_metadata\\s+(.*?)\\s*-->` and parses the group as JSON, so no
-    `-->` may occur inside: `<` and `>` can stand only in JSON strings, where an escape does.
-    """
+    """The hidden comment that the back end reads back, whatever the values hold. It looks for
+    `<!--\\s*agent_task_metadata\\s+(.*?)\\s*-->` and parses the group as JSON, so no `-->` may occur inside: `<` and
+    `>` can stand only in JSON strings, where an escape does."""
     text = json.dumps(metadata).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- agent_task_metadata {text} -->"
 
@@ -649,13 +630,8 @@ def pull_title(task: Task) -> str:
 
 def pull_body(task: Task, base: str, summary: str, stat: str, run: str) -> str:
     """The pull request's text. The metadata comes first: the back end takes the first comment."""
-    rows = {
-        "Task": code(task.task_id),
-        "Dispatch issue": task.reference,
-        "Asked for by": code(task.author),
-        "Base": code(base),
-        "Attempt": str(task.attempt),
-    }
+    rows = {"Task": code(task.task_id), "Dispatch issue": task.reference, "Asked for by": code(task.author)}
+    rows |= {"Base": code(base), "Attempt": str(task.attempt)}
     head = metadata_comment(task.metadata)
     changes = "### Changes\n\n" + fenced(cut(stat.rstrip("\n"), 8_000))
     tail = blocks(changes, table(rows), f"Fixes {task.reference}", step_marker(run, "pull"))
@@ -679,10 +655,8 @@ ADVICE = {
 
 
 class Answer(NamedTuple):
-    """An answer that was neither a limit nor a fault.
-
-    `data` is None for a 304 and an empty body; `at` is the server's time in seconds since 1970.
-    """
+    """An answer that was neither a limit nor a fault. `data` is None for a 304 and an empty body; `at` is the
+    server's time in seconds since 1970."""
 
     status: int
     data: Any
@@ -700,7 +674,6 @@ def is_limit(status: int, headers: Mapping[str, str], text: str) -> bool:
 
 def limit_pause(headers: Mapping[str, str], streak: int) -> float:
     """Seconds for which nothing may be sent after a limit was met, `streak` of them in a row before.
-
     https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#handle-rate-limit-errors-appropriately
     """
     now = server_time(headers)  # not this machine's clock, which may be off
@@ -763,11 +736,8 @@ class Clock:
 
 
 def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event) -> T:
-    """Takes a step again for as long as GitHub is out of reach, PATIENCE seconds at most.
-
-    What an agent has done in an hour is not to be lost to a minute without network. The step must
-    bear being taken twice.
-    """
+    """Takes a step again for as long as GitHub is out of reach, PATIENCE seconds at most. What an agent has done in
+    an hour is not to be lost to a minute without network. The step must bear being taken twice."""
     pause, begun = 1.0, clock.monotonic()
     while True:
         try:
@@ -782,11 +752,9 @@ def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event) -> T:
 
 
 class GitHub:
-    """GitHub's REST API as far as the runner uses it; shared by all threads.
-
-    Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a limit lasts. Raises
-    ApiRefused for 4xx, Unreachable for faults, Stopping when `stop` cuts a wait short.
-    """
+    """GitHub's REST API as far as the runner uses it; shared by all threads. Requests go out one by one, writes
+    AGENT_WRITE_INTERVAL apart, none while a limit lasts. Raises ApiRefused for 4xx, Unreachable for faults, Stopping
+    when `stop` cuts a wait short."""
 
     def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
         self._config, self._clock, self._stop = config, clock, stop
@@ -825,9 +793,7 @@ class GitHub:
 
     def _send(self, method: str, path: str, body: Any, headers: Mapping[str, str], follow: bool) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
-
-        https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects
-        """
+        https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
         url = path if "://" in path else self._config.api_url + path
         options: dict[str, Any] = {"headers": headers, "timeout": HTTP_TIMEOUT, "allow_redirects": False}
         for _ in range(MAX_REDIRECTS + 1):
@@ -856,8 +822,11 @@ class GitHub:
 
     def _answer(self, method: str, path: str, response: requests.Response) -> Answer:
         data, headers = None, response.headers
-        with contextlib.suppress(requests.JSONDecodeError):
+        try:
             data = response.json() if response.content else None
+        except requests.JSONDecodeError as error:
+            if response.status_code < 400:  # a proxy's or a hotel's page
+                raise Unreachable(f"the answer to {method} {path} is not GitHub's") from error
         if response.status_code >= 400:
             raise refusal(method, path, response.status_code, data)
         next_url = str(response.links.get("next", {}).get("url", ""))
@@ -869,11 +838,9 @@ class GitHub:
         return patiently(step, self._clock, self._stop)
 
     def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any]) -> Any:
-        """POSTs something that must not be made twice, and returns it.
-
-        GitHub may do what it was asked and still answer 500, or not at all, and has no key against
-        doubles: so what was asked for is looked for before it is asked for again.
-        """
+        """POSTs something that must not be made twice, and returns it. GitHub may do what it was asked and still
+        answer 500, or not at all, and has no key against doubles: so what was asked for is looked for before it is
+        asked for again."""
         asked = False
 
         def step() -> Any:
@@ -906,11 +873,9 @@ class GitHub:
         self._repeat("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
 
     def add_label(self, number: int, label: str, looks: tuple[str, str]) -> None:
-        """Labels an issue. A label that the repository lacked gets its colour and description.
-
-        GitHub makes a missing label on the fly, grey and without a description, and answers with
-        all of the issue's labels: so the usual case costs one request.
-        """
+        """Labels an issue. A label that the repository lacked gets its colour and description. GitHub makes a missing
+        label on the fly, grey and without a description, and answers with all of the issue's labels: so the usual
+        case costs one request."""
         path = f"{self._dispatch}/issues/{number}/labels"
         for made in self._create(path, {"labels": [label]}, find=lambda: None):
             new = made["color"] == "ededed" and not made.get("description")
@@ -976,13 +941,11 @@ Page = tuple[str, list[Row], str]  # its ETag, its rows, the address of the next
 
 
 class Queue:
-    """The queued issues in `waiting`, by number, with the time of their last change.
-
-    GitHub can list by labels that are there, not by those that are not: finished issues that stay
-    open are in the list. So that they cost nothing, a list that was read to its end is asked from
-    then on only for what changed `since`. Offset paging can skip a row when another leaves the list
-    between two pages: so a list of several pages counts as read only when a second reading finds
-    nothing that the first missed. What did not change is answered 304, which uses no quota:
+    """The queued issues in `waiting`, by number, with the time of their last change. GitHub can list by labels that
+    are there, not by those that are not: finished issues that stay open are in the list. So that they cost nothing, a
+    list that was read to its end is asked from then on only for what changed `since`. Offset paging can skip a row
+    when another leaves the list between two pages: so a list of several pages counts as read only when a second
+    reading finds nothing that the first missed. What did not change is answered 304, which uses no quota:
     https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#use-conditional-requests-if-appropriate
     """
 
@@ -1060,11 +1023,9 @@ def run_process(
     command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float,
     stdin: bytes = b"", stop: threading.Event | None = None, merged: bool = False
 ) -> Finished:  # fmt: skip
-    """Runs a command to its end, or to `timeout` seconds, or until `stop` is set; raises OSError.
-
-    When it returns, the process group is gone. With `merged`, standard error joins standard output.
-    Output goes through files: a daemon left behind may hold a pipe open for ever.
-    """
+    """Runs a command to its end, or to `timeout` seconds, or until `stop` is set; raises OSError. When it returns,
+    the process group is gone. With `merged`, standard error joins standard output. Output goes through files: a
+    daemon left behind may hold a pipe open for ever."""
     log.debug("run %s", shlex.join(command))
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         feed.write(stdin)
@@ -1140,11 +1101,9 @@ GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(http
 
 
 class Git:
-    """Runs git with no configuration but the runner's, and with the token only where it is needed.
-
-    The token travels in the environment of that one process: never in an argument, an address or a
-    file. https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT
-    """
+    """Runs git with no configuration but the runner's, and with the token only where it is needed. The token travels
+    in the environment of that one process: never in an argument, an address or a file.
+    https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT"""
 
     def __init__(self, config: Config) -> None:
         self._server = config.server_url
@@ -1202,11 +1161,8 @@ def remote_failure(failure: GitFailed, repo: str) -> RunnerError:
 
 
 class Mirror:
-    """A private bare copy of a target repository, shared by its tasks, also of other processes.
-
-    It has the whole history, files included: an agent may want to look at any of it, and has no
-    token to fetch with.
-    """
+    """A private bare copy of a target repository, shared by its tasks, also of other processes. It has the whole
+    history, files included: an agent may want to look at any of it, and has no token to fetch with."""
 
     def __init__(self, git: Git, state_dir: Path, repo: str) -> None:
         self._git, self._repo = git, repo
@@ -1228,11 +1184,9 @@ class Mirror:
         return default, found
 
     def fetch(self, ref: str, commit: str) -> str:
-        """The commit of one of the target's refs, brought into the mirror unless it is `commit` there.
-
-        The mirror's own name for a ref is flat: a branch `a` that was deleted upstream must not
-        stand in the way of a branch `a/b`.
-        """
+        """The commit of one of the target's refs, brought into the mirror unless it is `commit` there. The mirror's
+        own name for a ref is flat: a branch `a` that was deleted upstream must not stand in the way of a branch
+        `a/b`."""
         own = f"refs/mirror/{hashlib.sha256(ref.encode()).hexdigest()[:32]}"
         read = ("rev-parse", "--verify", "--quiet", own)
         with contextlib.suppress(GitFailed):
@@ -1276,11 +1230,9 @@ def diffstat(git: Git, git_dir: Path, base: str, commit: str) -> str:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where `process_task` works: the files of the target's base branch, checked out at `path`.
-
-    `commit` is the base commit, `base` its branch. The `.git` in there knows the history; nothing
-    that happens to it matters to the runner, which takes the files as they are in the end.
-    """
+    """Where `process_task` works: the files of the target's base branch, checked out at `path`. `commit` is the base
+    commit, `base` its branch. The `.git` in there knows the history; nothing that happens to it matters to the
+    runner, which takes the files as they are in the end."""
 
     path: Path
     base: str
@@ -1307,9 +1259,7 @@ class Checkout:
 
     def _write_repository(self, path: Path, branch: str, bare: bool) -> None:
         """What `git init` would make, with the mirror's objects lent to it and a branch checked out.
-
-        https://git-scm.com/docs/gitrepository-layout
-        """
+        https://git-scm.com/docs/gitrepository-layout"""
         for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
             (path / folder).mkdir(parents=True)
         (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
@@ -1321,10 +1271,8 @@ class Checkout:
         (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
 
     def commit(self, message: str, config: Config) -> str:
-        """Commits what has changed in the workspace; the new commit, or "" if nothing has.
-
-        Raises TaskFailed for a change that must not be published.
-        """
+        """Commits what has changed in the workspace; the new commit, or "" if nothing has. Raises TaskFailed for a
+        change that must not be published."""
         self._refuse_nested_repositories()
         try:
             self._run("add", "--all", ".")
@@ -1420,10 +1368,8 @@ class Work:
 
 
 def process_task(work: Work) -> tuple[str, str]:
-    """Changes the workspace's files as AGENT_PROCESS_TASK says: (summary for people, output).
-
-    Raises TaskFailed, TaskRetry or Stopping.
-    """
+    """Changes the workspace's files as AGENT_PROCESS_TASK says: (summary for people, output). Raises TaskFailed,
+    TaskRetry or Stopping."""
     return BUILT_IN.get(work.config.process_task, process_plugin)(work)
 
 
@@ -1443,10 +1389,8 @@ def process_patch(work: Work) -> tuple[str, str]:
 
 
 def command_words(config: Config, instruction: str, instruction_file: Path) -> list[str]:
-    """AGENT_COMMAND as arguments; raises ValueError("...") if it cannot be run.
-
-    The program is looked for where the runner runs, never in the workspace.
-    """
+    """AGENT_COMMAND as arguments; raises ValueError("...") if it cannot be run. The program is looked for where the
+    runner runs, never in the workspace."""
     if not config.command:
         raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
     if config.shell:
@@ -1469,10 +1413,8 @@ AGENT_SIDE.append("AGENT_SUMMARY_FILE")
 
 
 def agent_environment(work: Work) -> dict[str, str]:
-    """All that an agent sees of the environment: an allow-list, so never the token.
-
-    PATH, LANG and TERM come from the runner, and what AGENT_ENV names.
-    """
+    """All that an agent sees of the environment: an allow-list, so never the token. PATH, LANG and TERM come from the
+    runner, and what AGENT_ENV names."""
     config, task, folder = work.config, work.task, work.checkout.folder
     base, summary = work.checkout.workspace.base, folder / "tmp/summary.md"
     about = (task.task_id, folder / "task.md", task.title, task.url, task.attempt, base, summary)
@@ -1513,10 +1455,8 @@ def process_command(work: Work) -> tuple[str, str]:
 
 
 def read_regular(path: Path, limit: int = MAX_BODY) -> bytes:
-    """The start of a file that an agent may have written; empty if it is none, or a link.
-
-    A link could lead to a secret that the agent may not read and the runner may.
-    """
+    """The start of a file that an agent may have written; empty if it is none, or a link. A link could lead to a
+    secret that the agent may not read and the runner may."""
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(file, "rb") as opened:
@@ -1576,11 +1516,9 @@ def load_plugin(spec: str) -> Callable[..., Any]:
 
 
 def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) -> tuple[str, str]:
-    """Calls a plug-in's function; ("done", "failed" or "retry", and a text for people).
-
-    A function with one parameter gets the issue as GitHub gave it and says with a bool whether it
-    worked; one with two gets a Task and a Workspace and may return a summary.
-    """
+    """Calls a plug-in's function; ("done", "failed" or "retry", and a text for people). A function with one parameter
+    gets the issue as GitHub gave it and says with a bool whether it worked; one with two gets a Task and a Workspace
+    and may return a summary."""
     try:
         if len(inspect.signature(function).parameters) == 1:
             worked = function(dict(task.issue))
@@ -1589,15 +1527,10 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
     except TaskRetry as retry:
         return "retry", retry.why
     except TaskFailed as failure:
-        return "failed", explain(failure)
+        return "failed", failure.told
     except Exception as error:
         traceback.print_exc()
         return "failed", f"The plug-in raised {type(error).__name__}."
-
-
-def explain(error: RunnerError) -> str:
-    """An error and, if it has one, the advice that goes with it."""
-    return f"{error.why.rstrip('.')}. {error.advice}" if error.advice else error.why
 
 
 # -- The story of one task. ------------------------------------------------------------------------
@@ -1607,11 +1540,9 @@ STOPPED = "The runner was stopped. The task is queued, and starts over when it i
 
 
 class Attempt:
-    """One attempt at one issue, from reading it again to the comment that ends it.
-
-    What GitHub holds already of this task is found and used, never made twice. After `run`, `pause`
-    is the time in seconds before the next attempt, if there is to be one.
-    """
+    """One attempt at one issue, from reading it again to the comment that ends it. What GitHub holds already of this
+    task is found and used, never made twice. After `run`, `pause` is the time in seconds before the next attempt, if
+    there is to be one."""
 
     def __init__(self, runner: Runner, number: int, attempt: int = 1, comment: int | None = None) -> None:
         self._runner, self._config, self._github = runner, runner.config, runner.github
@@ -1621,10 +1552,8 @@ class Attempt:
         self.updated, self.pause = "", 0.0
 
     def run(self) -> str:
-        """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped".
-
-        Raises only what makes it impossible to tell it on the issue.
-        """
+        """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped". Raises only what makes
+        it impossible to tell it on the issue."""
         if (issue := self._read_again()) is None:
             return "skipped"
         task = parse_task(issue, self._config, self.attempt)
@@ -1675,42 +1604,37 @@ class Attempt:
         commit = runner.patiently(lambda: mirror.fetch(f"refs/heads/{base}", refs[base_ref]))
         if ref in refs:
             published = runner.patiently(lambda: mirror.fetch(ref, refs[ref]))
-            return self._adopt(task, mirror, base, commit, published)
-        checkout = Checkout(runner.git, mirror, config.state_dir / "work" / self._run, base, commit)
+            summary, stat = "", self._adopt(task, mirror, commit, published)
+        else:
+            summary, stat = self._publish(task, mirror, base, commit)
+        wanted = {"title": pull_title(task), "base": base, "body": pull_body(task, base, summary, stat, self._run)}
+        return self._github.open_pull(task.target_repo, task.branch, wanted)
+
+    def _publish(self, task: Task, mirror: Mirror, base: str, commit: str) -> tuple[str, str]:
+        """Runs `process_task` and pushes what it changed; its summary, and what it changed."""
+        runner, folder = self._runner, self._config.state_dir / "work" / self._run
+        checkout = Checkout(runner.git, mirror, folder, base, commit)
         try:
-            summary, made = self._change(task, checkout)
-            stat = diffstat(runner.git, checkout.git_dir, commit, made)
+            checkout.fill(task.branch)
+            summary, output = process_task(Work(task, checkout, self._config, runner.kill))
+            made = checkout.commit(commit_message(task, self._run), self._config)
+            if not made:
+                advice = "If there is something to change, say more precisely what and where."
+                raise TaskFailed("The agent changed nothing.", advice, output)
+            log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
             runner.patiently(lambda: checkout.push(made, task.branch, task.target_repo))
+            return summary, diffstat(runner.git, checkout.git_dir, commit, made)
         finally:
             checkout.remove()
-        return self._open_pull(task, base, summary, stat)
 
-    def _change(self, task: Task, checkout: Checkout) -> tuple[str, str]:
-        """Runs `process_task` in a fresh checkout and commits what it changed."""
-        checkout.fill(task.branch)
-        summary, output = process_task(Work(task, checkout, self._config, self._runner.kill))
-        made = checkout.commit(commit_message(task, self._run), self._config)
-        if not made:
-            advice = "If there is something to change, say more precisely what and where."
-            raise TaskFailed("The agent changed nothing.", advice, output)
-        log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
-        return summary, made
-
-    def _adopt(self, task: Task, mirror: Mirror, base: str, commit: str, published: str) -> dict[str, Any]:
-        """The branch is there: if an earlier run of this issue pushed it, what is left is done."""
+    def _adopt(self, task: Task, mirror: Mirror, commit: str, published: str) -> str:
+        """The branch is there: if an earlier run of this issue pushed it, all is well; what it changed."""
         owner = mirror.issue_of(published)
         if owner.lower() != task.reference.lower():
             whose = f"{task.target_repo} has a branch {code(task.branch)} of {owner or 'somebody else'}."
             raise TaskFailed(whose, "Give this task an id of its own, or delete the branch.")
         log.info("issue=%d task=%s was pushed before", self.number, task.slug)
-        stat = diffstat(self._runner.git, mirror.path, commit, published)
-        pull = self._github.find_pull(task.target_repo, task.branch)
-        return pull or self._open_pull(task, base, "", stat)
-
-    def _open_pull(self, task: Task, base: str, summary: str, stat: str) -> dict[str, Any]:
-        body = pull_body(task, base, summary, stat, self._run)
-        wanted = {"title": pull_title(task), "base": base, "body": body}
-        return self._github.open_pull(task.target_repo, task.branch, wanted)
+        return diffstat(self._runner.git, mirror.path, commit, published)
 
     def _done(self, task: Task, pull: Mapping[str, Any]) -> str:
         number = f"{task.target_repo}#{pull['number']}"
@@ -1767,11 +1691,8 @@ class Attempt:
 
 
 class Runner:
-    """The daemon: hands queued issues to AGENT_MAX_CONCURRENT workers, oldest first.
-
-    `stop` ends the admission of work and every wait for GitHub, `kill` ends the agents, `wake`
-    ends the wait for the next tick.
-    """
+    """The daemon: hands queued issues to AGENT_MAX_CONCURRENT workers, oldest first. `stop` ends the admission of
+    work and every wait for GitHub, `kill` ends the agents, `wake` ends the wait for the next tick."""
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self.config, self.clock = config, clock or Clock()
@@ -1798,14 +1719,12 @@ class Runner:
             self._rest(self._next_poll)
         self._drain()
 
-    def run_once(self) -> None:
-        """One poll and its tasks. Raises Unreachable or ApiRefused if the poll does not work."""
-        self.queue.poll()
-        self._work_off()
-
-    def run_issue(self, number: int) -> None:
-        """One issue, if it is queued."""
-        self.queue.waiting[number] = ""
+    def run_once(self, issue: int | None = None) -> None:
+        """One poll, or one issue if it is queued, and what comes of it. Raises what a poll raises."""
+        if issue is None:
+            self.queue.poll()
+        else:
+            self.queue.waiting[issue] = ""
         self._work_off()
 
     def tick(self) -> None:
@@ -1839,7 +1758,7 @@ class Runner:
         except RunnerError as error:
             self._polls_failed += 1
             pause = self.clock.jitter(min(pause, 2.0 ** min(self._polls_failed, 10)))
-            log.error("cannot read the queue: %s; next try in %.0f s", explain(error), pause)
+            log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
             self._next_poll = self.clock.monotonic() + pause
 
     def _admit(self) -> None:
@@ -1868,7 +1787,7 @@ class Runner:
         except Stopping:
             return "stopped"
         except RunnerError as error:
-            log.error("issue=%d cannot be told how it ended: %s", attempt.number, explain(error))
+            log.error("issue=%d cannot be told how it ended: %s", attempt.number, error.told)
         except Exception:
             log.exception("issue=%d a fault of the runner", attempt.number)
         return "failed"
@@ -1958,21 +1877,19 @@ def check_agent(config: Config) -> str:
 
 
 def check_repository(config: Config, repo: str) -> str:
-    """What the API says of a repository that is needed."""
-    data = Runner(config).github.request("GET", f"/repos/{repo}").data
+    """What the API says of a repository that is needed, and whether git can read it."""
+    runner = Runner(config)
+    data = runner.github.request("GET", f"/repos/{repo}").data
     if not data.get("permissions", {}).get("push"):
         raise TaskFailed(f"{repo}: the token's user may not write", ADVICE[403])
     if repo == config.dispatch_repo and not data["has_issues"]:
         raise TaskFailed(f"{repo}: issues are off", "Turn them on in its settings.")
-    return f"{repo}: the token's user may write"
-
-
-def check_fetch(config: Config) -> str:
-    check_machine(config)
-    branch, _ = Mirror(Git(config), config.state_dir, config.target_repo).look("HEAD")
+    if repo != config.target_repo:
+        return f"{repo}: the token's user may write"
+    branch, _ = Mirror(runner.git, config.state_dir, repo).look()
     if not branch:
-        raise TaskFailed(f"{config.target_repo} is empty", "Push a first commit.")
-    return f"git reads {config.target_repo}, branch {branch}"
+        raise TaskFailed(f"{repo} is empty", "Push a first commit.")
+    return f"{repo}: the token's user may write, and git reads the branch {branch}"
 
 
 def examine(config: Config) -> int:
@@ -1981,12 +1898,12 @@ def examine(config: Config) -> int:
     checks: list[Callable[[Config], str]] = [check_machine, check_agent]
     checks += [functools.partial(check_repository, repo=repo) for repo in repos]
     code = 0
-    for check in (*checks, check_fetch):
+    for check in checks:
         try:
             print("✓", check(config), flush=True)
-        except RunnerError as error:
+        except (RunnerError, OSError) as error:
             code = 1
-            print(f"✗ {error.why}\n  →", error.advice or "Try again later.", flush=True)
+            print(f"✗ {error}\n  →", getattr(error, "advice", "") or "Mend what is said above first.", flush=True)
     return code
 
 
@@ -2037,15 +1954,13 @@ def run(config: Config, once: bool, issue: int | None) -> int:
         check_machine(config)
         check_agent(config)
     except TaskFailed as problem:
-        log.error("cannot start: %s", explain(problem))
+        log.error("cannot start: %s", problem.told)
         return 2
     runner = Runner(config)
     watch_signals(runner)
     try:
-        if once:
-            runner.run_once()
-        elif issue is not None:
-            runner.run_issue(issue)
+        if once or issue is not None:
+            runner.run_once(issue)
         else:
             runner.run_forever()
             return 0
@@ -2053,7 +1968,7 @@ def run(config: Config, once: bool, issue: int | None) -> int:
         log.info("stopped before the queue was read")
         return 1
     except RunnerError as error:
-        log.error("cannot read the queue: %s", explain(error))
+        log.error("cannot read the queue: %s", error.told)
         return 1
     good = {"done", "skipped"} if once else {"done"}
     return 0 if runner.outcomes.keys() <= good else 1

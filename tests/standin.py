@@ -97,7 +97,7 @@ class Fault:
     times: int | None = 1
     after: int = 0  # so many matching requests pass first
     status: int | None = None  # answer with it, without the effect
-    body: Any = None  # of that answer
+    body: Any = None  # of that answer: JSON, or bytes as they are
     headers: dict[str, str] = field(default_factory=dict)  # of that answer, else added to the real
     delay: float = 0.0
     drop: str | None = None  # "before" the effect, or "after" it: close without an answer
@@ -1410,7 +1410,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = {"message": REASONS.get(status, "Fault"), "documentation_url": DOCUMENTATION}
         data = data if fault.body is None else fault.body
         headers = rest_headers(self.github)
-        self._send(request, fault, status, headers, json.dumps(data).encode())
+        raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+        self._send(request, fault, status, headers, raw)
 
     def _serve_git(self, request: RecordedRequest, fault: Fault, body: Iterator[bytes]) -> None:
         try:

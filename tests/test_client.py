@@ -290,6 +290,12 @@ def test_github_being_away_is_told_in_a_few_words(world: World, client: Client) 
 
 
 def test_an_answer_that_is_not_json_is_a_fault_of_github(world: World, client: Client) -> None:
-    world.github.faults.append(Fault(status=502, body="<html>"))
+    world.github.faults.append(Fault(status=502, body=b"<html>"))
     with pytest.raises(Unreachable, match="502"):
+        client.github.request("GET", "/user")
+
+
+def test_a_page_that_a_proxy_sends_in_place_of_github_is_no_answer(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=200, body=b"<html>Sign in</html>"))
+    with pytest.raises(Unreachable, match="not GitHub's"):
         client.github.request("GET", "/user")
