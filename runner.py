@@ -81,7 +81,8 @@ PATIENCE = 900  # seconds that a task waits for a GitHub that is out of reach
 RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
 GIT_TIMEOUT = 1800
 KILL_GRACE = 5
-OUTPUT_LINES = 50
+OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
+OUTPUT_LINES = 50  # lines of it that are shown
 TRUSTED_ASSOCIATIONS = frozenset({"OWNER", "MEMBER", "COLLABORATOR"})
 LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
     "processing": ("fbca04", "The agent runner is working on this issue"),
@@ -1024,8 +1025,8 @@ def run_process(
     stdin: bytes = b"", stop: threading.Event | None = None, merged: bool = False
 ) -> Finished:  # fmt: skip
     """Runs a command to its end, or to `timeout` seconds, or until `stop` is set; raises OSError. When it returns,
-    the process group is gone. With `merged`, standard error joins standard output. Output goes through files: a
-    daemon left behind may hold a pipe open for ever."""
+    the process group is gone. With `merged`, standard error joins standard output, and its last OUTPUT_KEPT bytes
+    count. Output goes through files: a daemon left behind may hold a pipe open for ever."""
     log.debug("run %s", shlex.join(command))
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         feed.write(stdin)
@@ -1039,25 +1040,27 @@ def run_process(
             ended = _wait(process, time.monotonic() + timeout, stop)
         finally:
             _end_group(process, gently=bool(ended))
-        out.seek(0)
+        out.seek(max(0, out.seek(0, os.SEEK_END) - OUTPUT_KEPT) if merged else 0)
         err.seek(0)
         return Finished(process.returncode, out.read(), err.read(), ended)
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event | None) -> str:
     """Waits for the end of a process; why it must be ended, or ""."""
-    with contextlib.ExitStack() as stack:
-        watch: list[int] = []
-        if hasattr(os, "pidfd_open"):  # Linux: wakes up in the moment that the process ends
-            watch = [os.pidfd_open(process.pid)]
-            stack.callback(os.close, watch[0])
+    watch: list[int] = []
+    with contextlib.suppress(AttributeError, OSError):  # Linux: wakes up in the moment that the process ends
+        watch = [os.pidfd_open(process.pid)]
+    try:
         while process.poll() is None:
             if stop and stop.is_set():
                 return "stop"
             if time.monotonic() > deadline:
                 return "timeout"
             select.select(watch, [], [], 0.1 if watch else 0.01)
-    return ""
+        return ""
+    finally:
+        for file in watch:
+            os.close(file)
 
 
 def _end_group(process: subprocess.Popen[bytes], gently: bool) -> None:
@@ -1307,10 +1310,8 @@ class Checkout:
         fields = self._run("diff-index", *options, self.workspace.commit).split("\0")
         modes = {path: raw.split()[1] for raw, path in zip(fields[::2], fields[1::2], strict=False)}
         files = [path for path, mode in modes.items() if mode in ("100644", "100755")]
-        top, smaller = (
-            self.workspace.path,
-            "Ask for a smaller change, or let the runner's owner raise the limit.",
-        )
+        top = self.workspace.path
+        smaller = "Ask for a smaller change, or let the runner's owner raise the limit."
         if (count := len(modes)) > config.max_changed_files:
             raise TaskFailed(f"{count:,} files were changed; AGENT_MAX_CHANGED_FILES allows fewer.", smaller)
         if (size := sum((top / path).stat().st_size for path in files)) > config.max_changed_bytes:
@@ -1346,8 +1347,9 @@ class Checkout:
         """Deletes the folder, also what the agent made unreadable."""
         for path, folders, _ in os.walk(self.folder):
             for folder in (Path(path, name) for name in folders):
-                if not folder.is_symlink():
-                    folder.chmod(stat.S_IRWXU)
+                with contextlib.suppress(OSError):
+                    if not folder.is_symlink():
+                        folder.chmod(stat.S_IRWXU)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, *command: str, **options: Any) -> str:
@@ -1598,7 +1600,7 @@ class Attempt:
         base_ref, ref = f"refs/heads/{task.base}" if task.base else "HEAD", f"refs/heads/{task.branch}"
         default, refs = runner.patiently(lambda: mirror.look(base_ref, ref))
         base = task.base or default
-        if base_ref not in refs:
+        if not base or base_ref not in refs:
             why = f"{task.target_repo} has no branch {code(base)}." if base else f"{task.target_repo} is empty."
             raise TaskFailed(why, f"Its default branch is {code(default)}." if default else "Push a first commit.")
         commit = runner.patiently(lambda: mirror.fetch(f"refs/heads/{base}", refs[base_ref]))
@@ -1910,15 +1912,15 @@ def examine(config: Config) -> int:
 class _Format(logging.Formatter):
     """One line an event, without secrets."""
 
-    def __init__(self, *secret: str) -> None:
+    def __init__(self, secret: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self._secret = secret
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
+        return printable(super().formatMessage(record)).replace("\n", " ")
+
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for secret in self._secret:
-            text = text.replace(secret, "***")
-        return text
+        return super().format(record).replace(self._secret, "***")
 
 
 def watch_signals(runner: Runner) -> None:
@@ -1931,21 +1933,6 @@ def watch_signals(runner: Runner) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, act)
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Turns labelled GitHub issues into pull requests with the agent of your choice.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
-    how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
-    how.add_argument("--check", action="store_true", help="look whether everything is in place")
-    how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
-    how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
-    return parser.parse_args(arguments)
 
 
 def run(config: Config, once: bool, issue: int | None) -> int:
@@ -1975,17 +1962,26 @@ def run(config: Config, once: bool, issue: int | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    about = "Turns labelled GitHub issues into pull requests with the agent of your choice."
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, epilog=EPILOG, formatter_class=raw)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
+    how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
+    how.add_argument("--check", action="store_true", help="look whether everything is in place")
+    how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
+    how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
+    options = parser.parse_args(arguments)
     if options.plugin:
         return serve_plugin(options.plugin, sys.stdin.read())
-    # Read, not loaded: what is in .env must not get into the environment that others inherit.
-    file = dotenv_values(Path.cwd() / ".env", interpolate=False)
-    env = {name: value or "" for name, value in file.items()}
-    env |= {name: value for name, value in os.environ.items() if value or name not in env}
     try:
+        # Read, not loaded: what is in .env must not get into the environment that others inherit.
+        file = dotenv_values(Path.cwd() / ".env", interpolate=False)
+        env = {name: value or "" for name, value in file.items()}
+        env |= {name: value for name, value in os.environ.items() if value or name not in env}
         config = Config.from_env(env)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        print(error if isinstance(error, ConfigError) else f"cannot read .env: {error}", file=sys.stderr)
         return 2
     handler = logging.StreamHandler()
     handler.setFormatter(_Format(config.token))

@@ -182,6 +182,23 @@ def test_the_environment_wins_over_the_file(world: World) -> None:
     assert "changed nothing" in world.last_comment()
 
 
+def test_a_settings_file_that_is_no_text_is_told(world: World) -> None:
+    (world.folder / "cwd").mkdir()
+    (world.folder / "cwd/.env").write_bytes(b"GITHUB_TOKEN=\xff\xfe\n")
+    code, _, err = finish(world.start("--once"))
+    assert code == 2
+    assert err.startswith("cannot read .env: ")
+
+
+def test_an_event_is_one_line_of_the_log(world: World) -> None:
+    refused = {"message": "first\nsecond\x1b[31m"}
+    world.github.faults.append(Fault(path=".*/issues", status=404, body=refused))
+    _, _, err = finish(world.start("--once"))
+    (line,) = err.splitlines()
+    assert "first second" in line
+    assert "\x1b" not in line
+
+
 def test_an_empty_variable_counts_as_not_set_beside_the_file_too(world: World) -> None:
     (world.folder / "cwd").mkdir()
     (world.folder / "cwd/.env").write_text("AGENT_COMMAND=true\n")

@@ -231,6 +231,19 @@ def test_an_agent_that_fails_is_told_with_its_last_50_lines(world: World) -> Non
     assert shown == [*(f"line {number}" for number in range(31, 80)), "```red"]
 
 
+def test_an_agent_that_never_stops_talking_is_heard_to_the_end_only(world: World) -> None:
+    world.open("Do something.")
+    code = """
+        import sys
+        for number in range(200):
+            sys.stdout.write("x" * 100_000 + "\\n")
+        print("the end")
+        sys.exit(1)
+    """
+    world.run_once(AGENT_COMMAND=agent(world.folder, code))
+    assert "the end" in failed(world)
+
+
 def test_an_agent_that_is_killed_is_told(world: World) -> None:
     world.open("Do something.")
     world.run_once(AGENT_COMMAND=agent(world.folder, "import os; os.kill(os.getpid(), 9)"))
