@@ -36,7 +36,6 @@ import os
 import random
 import re
 import secrets
-import select
 import shlex
 import shutil
 import signal
@@ -1037,40 +1036,29 @@ def run_process(
         )
         ended = "failed"
         try:
-            ended = _wait(process, time.monotonic() + timeout, stop)
+            ended = _wait(process, timeout, stop)
         finally:
-            _end_group(process, gently=bool(ended))
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if ended:  # with a moment to clean up
+                    os.killpg(process.pid, signal.SIGTERM)
+                    _wait(process, KILL_GRACE)
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         out.seek(max(0, out.seek(0, os.SEEK_END) - OUTPUT_KEPT) if merged else 0)
         err.seek(0)
         return Finished(process.returncode, out.read(), err.read(), ended)
 
 
-def _wait(process: subprocess.Popen[bytes], deadline: float, stop: threading.Event | None) -> str:
+def _wait(process: subprocess.Popen[bytes], timeout: float, stop: threading.Event | None = None) -> str:
     """Waits for the end of a process; why it must be ended, or ""."""
-    watch: list[int] = []
-    with contextlib.suppress(AttributeError, OSError):  # Linux: wakes up in the moment that the process ends
-        watch = [os.pidfd_open(process.pid)]
-    try:
-        while process.poll() is None:
-            if stop and stop.is_set():
-                return "stop"
-            if time.monotonic() > deadline:
-                return "timeout"
-            select.select(watch, [], [], 0.1 if watch else 0.01)
-        return ""
-    finally:
-        for file in watch:
-            os.close(file)
-
-
-def _end_group(process: subprocess.Popen[bytes], gently: bool) -> None:
-    """Ends what is left of a process group, if `gently` with a moment to clean up first."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if gently:
-            os.killpg(process.pid, signal.SIGTERM)
-            _wait(process, time.monotonic() + KILL_GRACE, None)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + timeout
+    while time.monotonic() <= deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+            return ""
+        if stop and stop.is_set():
+            return "stop"
+    return "timeout"
 
 
 # -- Git and the workspace: the only place that runs git. ------------------------------------------
@@ -1542,20 +1530,18 @@ STOPPED = "The runner was stopped. The task is queued, and starts over when it i
 
 
 class Attempt:
-    """One attempt at one issue, from reading it again to the comment that ends it. What GitHub holds already of this
-    task is found and used, never made twice. After `run`, `pause` is the time in seconds before the next attempt, if
-    there is to be one."""
+    """The attempts at one issue, each from reading it again to the comment that ends it. What GitHub holds already of
+    this task is found and used, never made twice. `due` is when the next one may begin, on the monotonic clock."""
 
-    def __init__(self, runner: Runner, number: int, attempt: int = 1, comment: int | None = None) -> None:
+    def __init__(self, runner: Runner, number: int) -> None:
         self._runner, self._config, self._github = runner, runner.config, runner.github
-        self._clock, self._begun = runner.clock, runner.clock.monotonic()
-        self._run = secrets.token_hex(8)
-        self.number, self.attempt, self.comment = number, attempt, comment
-        self.updated, self.pause = "", 0.0
+        self.number, self.attempt, self.due, self.updated = number, 1, 0.0, ""
+        self._comment: int | None = None
 
     def run(self) -> str:
         """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped". Raises only what makes
         it impossible to tell it on the issue."""
+        self._run, self._begun = secrets.token_hex(8), self._runner.clock.monotonic()
         if (issue := self._read_again()) is None:
             return "skipped"
         task = parse_task(issue, self._config, self.attempt)
@@ -1639,8 +1625,8 @@ class Attempt:
         return diffstat(self._runner.git, mirror.path, commit, published)
 
     def _done(self, task: Task, pull: Mapping[str, Any]) -> str:
-        number = f"{task.target_repo}#{pull['number']}"
-        self._close(task, "done", f"Done: {pull['html_url']}", {"Pull request": number, "Branch": code(task.branch)})
+        rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
+        self._close(task, "done", f"Done: {pull['html_url']}", rows)
         log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
         return "done"
 
@@ -1653,40 +1639,37 @@ class Attempt:
 
     def _close(self, task: Task, end: str, text: str, rows: Mapping[str, str], output: str = "") -> None:
         """The last comment, then the label: an issue with the label has its comment."""
-        seconds = self._clock.monotonic() - self._begun
-        details = {"Task": code(task.task_id), **rows, "Attempt": str(self.attempt)}
-        details["Duration"] = duration(seconds)
-        body = render_comment(self._run, "end", blocks(text, table(details)), output, metadata_comment(task.metadata))
+        took = duration(self._runner.clock.monotonic() - self._begun)
+        rows = {"Task": code(task.task_id), **rows, "Attempt": str(self.attempt), "Duration": took}
+        body = render_comment(self._run, "end", blocks(text, table(rows)), output, metadata_comment(task.metadata))
         self._github.comment(self.number, body, step_marker(self._run, "end"), self.updated)
-        label = self._config.done_label if end == "done" else self._config.failed_label
-        self._github.add_label(self.number, label, LABELS[end])
+        self._github.add_label(self.number, getattr(self._config, f"{end}_label"), LABELS[end])
         self._github.remove_label(self.number, self._config.processing_label)
 
     def _retry(self, task: Task, retry: TaskRetry) -> str:
         if self.attempt >= self._config.max_attempts:
             return self._failed(task, TaskFailed(f"{retry.why} ({self.attempt} attempts)", "", retry.output))
-        self.pause = self._clock.jitter(RETRY_PAUSE * 2.0 ** (self.attempt - 1))
-        log.warning("issue=%d task=%s again in %.0f s: %s", self.number, task.slug, self.pause, retry.why)
-        again = f"It will be tried again in {duration(self.pause)}."
-        why = f"Attempt {self.attempt} did not work out: {harmless(retry.why)}"
-        self._say(blocks(why, again), retry.output)
+        clock, why = self._runner.clock, f"Attempt {self.attempt} did not work out: {harmless(retry.why)}"
+        pause = clock.jitter(RETRY_PAUSE * 2.0 ** (self.attempt - 1))
+        log.warning("issue=%d task=%s again in %.0f s: %s", self.number, task.slug, pause, retry.why)
+        self._say(blocks(why, f"It will be tried again in {duration(pause)}."), retry.output)
+        self.attempt, self.due = self.attempt + 1, clock.monotonic() + pause
         return "retry"
 
     def release(self, why: str) -> None:
         """Takes the issue out of work without an end."""
         log.info("issue=%d released: %s", self.number, why)
-        if self.comment is not None:
+        if self._comment is not None:
             self._say(why)
         self._github.remove_label(self.number, self._config.processing_label)
 
     def _say(self, text: str, output: str = "") -> None:
         """The comment that tells how the task goes on: made once, edited from then on."""
         body = render_comment(self._run, "start", text, output)
-        if self.comment is None:
-            marker = step_marker(self._run, "start")
-            self.comment = self._github.comment(self.number, body, marker, self.updated)
+        if self._comment is None:
+            self._comment = self._github.comment(self.number, body, step_marker(self._run, "start"), self.updated)
         else:
-            self._github.edit_comment(self.comment, body)
+            self._github.edit_comment(self._comment, body)
 
 
 # -- The loop: poll, admit, wait; until told to stop. ----------------------------------------------
@@ -1706,7 +1689,7 @@ class Runner:
         self.outcomes: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="task")
         self._running: dict[Future[str], Attempt] = {}
-        self._again: list[tuple[float, Attempt]] = []
+        self._again: list[Attempt] = []
         self._next_poll = self.clock.monotonic()
         self._polls_failed = 0
 
@@ -1727,7 +1710,13 @@ class Runner:
             self.queue.poll()
         else:
             self.queue.waiting[issue] = ""
-        self._work_off()
+        while not self.stop.is_set():
+            self._collect()
+            self._admit()
+            if not self._running and not self._again:
+                break
+            self._rest(self.clock.monotonic() + self.config.poll_interval)
+        self._drain()
 
     def tick(self) -> None:
         """One turn of the loop, without waiting: collect, poll if it is time, admit."""
@@ -1750,37 +1739,30 @@ class Runner:
 
     def _poll(self) -> None:
         """Reads the queue; after a failure again soon, then less and less soon."""
-        pause = self.config.poll_interval
-        self._next_poll = self.clock.monotonic() + pause
+        self._next_poll = self.clock.monotonic() + self.config.poll_interval
         try:
             self.queue.poll()
             self._polls_failed = 0
         except Stopping:
-            return
+            pass
         except RunnerError as error:
             self._polls_failed += 1
-            pause = self.clock.jitter(min(pause, 2.0 ** min(self._polls_failed, 10)))
+            pause = self.clock.jitter(min(self.config.poll_interval, 2.0 ** min(self._polls_failed, 10)))
             log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
             self._next_poll = self.clock.monotonic() + pause
 
     def _admit(self) -> None:
         """Starts as much of what is due as there are free workers, oldest first."""
         now = self.clock.monotonic()
-        due = [entry for entry in self._again if entry[0] <= now]
-        known = {attempt.number for attempt in (*self._running.values(), *(a for _, a in self._again))}
-        fresh = sorted(self.queue.waiting.keys() - known)
-        free = self.config.max_concurrent - len(self._running)
-        for entry in due[:free]:
-            self._again.remove(entry)
-            self._start(entry[1])
-        for number in fresh[: max(0, free - len(due))]:
-            self._start(Attempt(self, number))
-
-    def _start(self, attempt: Attempt) -> None:
-        attempt.updated = self.queue.waiting.pop(attempt.number, "")
-        future = self._pool.submit(self._attempt, attempt)
-        self._running[future] = attempt
-        future.add_done_callback(lambda _: self.wake.set())
+        known = {attempt.number for attempt in (*self._running.values(), *self._again)}
+        ready = [attempt for attempt in self._again if attempt.due <= now]
+        ready += [Attempt(self, number) for number in sorted(self.queue.waiting.keys() - known)]
+        for attempt in ready[: self.config.max_concurrent - len(self._running)]:
+            self._again = [other for other in self._again if other is not attempt]
+            attempt.updated = self.queue.waiting.pop(attempt.number, "")
+            future = self._pool.submit(self._attempt, attempt)
+            self._running[future] = attempt
+            future.add_done_callback(lambda _: self.wake.set())
 
     def _attempt(self, attempt: Attempt) -> str:
         """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""
@@ -1799,8 +1781,7 @@ class Runner:
         for future in [future for future in self._running if future.done()]:
             attempt, outcome = self._running.pop(future), future.result()
             if outcome == "retry":
-                again = Attempt(self, attempt.number, attempt.attempt + 1, attempt.comment)
-                self._again.append((self.clock.monotonic() + attempt.pause, again))
+                self._again.append(attempt)
             else:
                 self.outcomes[outcome] += 1
                 self.queue.handled(attempt.number, attempt.updated)
@@ -1808,19 +1789,9 @@ class Runner:
     def _rest(self, until: float) -> None:
         """Waits for the next thing to do, or for somebody who knows of one."""
         if len(self._running) < self.config.max_concurrent:
-            until = min([until, *(due for due, _ in self._again)])
+            until = min([until, *(attempt.due for attempt in self._again)])
         self.clock.wait(self.wake, max(0.0, until - self.clock.monotonic()))
         self.wake.clear()
-
-    def _work_off(self) -> None:
-        """Works until nothing is queued, in work or waiting for another attempt."""
-        while not self.stop.is_set():
-            self._collect()
-            self._admit()
-            if not self._running and not self._again:
-                break
-            self._rest(self.clock.monotonic() + self.config.poll_interval)
-        self._drain()
 
     def _drain(self) -> None:
         """Lets the agents finish for AGENT_DRAIN_SECONDS, then ends them; puts back what waits."""
@@ -1835,7 +1806,7 @@ class Runner:
         self.kill.set()
         self._pool.shutdown()
         self._collect()
-        for _, attempt in self._again:
+        for attempt in self._again:
             with contextlib.suppress(RunnerError):
                 attempt.release(STOPPED)
 
