@@ -28,7 +28,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
 import logging
@@ -52,7 +51,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
@@ -419,16 +419,17 @@ def key_lines(text: str) -> dict[str, str]:
     return found
 
 
-def find_instruction(body: str) -> str | None:
-    """The text after the `## Instruction(s)` heading, or None if there is no such heading. It runs to the end of the
-    body, since an instruction may hold headings of its own; the metadata comment and the rule above it do not belong
-    to it."""
-    offset = 0
-    for line in outside_fences(body).split("\n"):
+def find_instruction(body: str, title: str) -> str:
+    """The text after the `## Instruction(s)` heading, else the body, else the title. It runs to the end of the body,
+    since an instruction may hold headings of its own; the metadata in either form does not belong to it."""
+    kept, offset = [], 0
+    for line, plain in zip(body.split("\n"), outside_fences(body).split("\n"), strict=True):
         offset += len(line) + 1
-        if INSTRUCTION_HEADING.fullmatch(line):
+        if INSTRUCTION_HEADING.fullmatch(plain):
             return without_metadata(body[offset:])
-    return None
+        if key_lines(plain).keys() <= {"target"}:
+            kept.append(line)
+    return without_metadata("\n".join(kept)) or title
 
 
 def without_metadata(text: str) -> str:
@@ -441,19 +442,6 @@ def without_metadata(text: str) -> str:
     if re.search(r"(?:\A|\n)-{3,}\Z", kept):
         kept = kept.rstrip("-")
     return (kept + text[at:]).strip()
-
-
-def whole_body(body: str) -> str:
-    """A body without an instruction heading, less its metadata in either form."""
-    lines = zip(body.split("\n"), outside_fences(body).split("\n"), strict=True)
-    return without_metadata("\n".join(line for line, plain in lines if key_lines(plain).keys() <= {"target"}))
-
-
-def find_metadata(body: str) -> dict[str, Any]:
-    """The last well-formed metadata comment, else what the `Task ID:` lines say."""
-    comments = [content for _, _, content in metadata_comments(body) if content is not None]
-    lines = key_lines(body)
-    return comments[-1] if comments else {k: lines[k] for k in ("task_id", "user_id") if lines.get(k)}
 
 
 def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config: Config) -> str:
@@ -492,10 +480,11 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
     title = " ".join(encodable(issue.get("title")).split())
     trusted = is_trusted(issue, config)
     lines = key_lines(body) if trusted else {}
-    metadata = find_metadata(body) if trusted else {}
+    metadata: Mapping[str, Any] = {key: lines[key] for key in ("task_id", "user_id") if lines.get(key)}
+    for _, _, content in metadata_comments(body) if trusted else ():
+        metadata = metadata if content is None else content
     if metadata.get("task_id") in (None, "") or isinstance(metadata["task_id"], dict | list):
         metadata = {**metadata, "task_id": f"issue-{issue['number']}"}
-    section = find_instruction(body)
     return Task(
         number=issue["number"],
         dispatch_repo=config.dispatch_repo,
@@ -509,7 +498,7 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
         target_repo=choose_target(metadata, lines, config),
         base=str(metadata.get("base") or ""),
         context=lines.get("target", ""),
-        instruction=(whole_body(body) or title) if section is None else section,
+        instruction=find_instruction(body, title),
         attempt=attempt,
         issue=issue,
     )
@@ -517,9 +506,8 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
 
 def is_branch_name(name: str) -> bool:
     """Whether git takes this as a branch name: https://git-scm.com/docs/git-check-ref-format"""
-    if not re.fullmatch(r"[^\s~^:?*\[\\]{1,200}", name) or not name.isprintable():
-        return False
-    return not re.search(r"\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A(?:@|HEAD)\Z|\A[-./]|[./]\Z", name)
+    bad = r"[\s~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A(?:@|HEAD)\Z|\A[-./]|[./]\Z"
+    return 0 < len(name) <= 200 and name.isprintable() and not re.search(bad, name)
 
 
 def check_task(task: Task, config: Config) -> None:
@@ -609,10 +597,10 @@ def blocks(*parts: str) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 5 s, 1 h 2 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def render_comment(run: str, step: str, text: str, output: str = "", metadata: str = "") -> str:
@@ -764,8 +752,7 @@ class GitHub:
         self._limits_in_a_row = 0
         self._session = requests.Session()
         self._session.auth = self._sign_in  # requests would put ~/.netrc before a plain header
-        self._session.headers["Accept"] = "application/vnd.github+json"
-        self._session.headers["X-GitHub-Api-Version"] = API_VERSION
+        self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": API_VERSION})
         self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
 
     def request(self, method: str, path: str, body: Any = None, etag: str = "", follow: bool = True) -> Answer:
@@ -834,8 +821,7 @@ class GitHub:
 
     def _repeat(self, method: str, path: str, body: Any = None, follow: bool = True) -> Answer:
         """A request that may be sent twice, and is while GitHub is out of reach."""
-        step = functools.partial(self.request, method, path, body, follow=follow)
-        return patiently(step, self._clock, self._stop)
+        return patiently(lambda: self.request(method, path, body, follow=follow), self._clock, self._stop)
 
     def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any]) -> Any:
         """POSTs something that must not be made twice, and returns it. GitHub may do what it was asked and still
@@ -864,8 +850,7 @@ class GitHub:
         query = urlencode({"since": since, "per_page": PAGE_SIZE})
 
         def find() -> Any:
-            found = (c for c in self._pages(f"{path}?{query}") if marker in str(c["body"]))
-            return next(found, None)
+            return next((c for c in self._pages(f"{path}?{query}") if marker in str(c["body"])), None)
 
         return int(self._create(path, {"body": text}, find)["id"])
 
@@ -893,22 +878,21 @@ class GitHub:
 
     def open_pull(self, repo: str, branch: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Opens a pull request from a branch, or returns the one that there is already."""
-        find, pull = functools.partial(self.find_pull, repo, branch), None
+        find = functools.partial(self.find_pull, repo, branch)
         try:
-            pull = self._create(f"/repos/{repo}/pulls", {**body, "head": branch}, find)
+            return dict(self._create(f"/repos/{repo}/pulls", {**body, "head": branch}, find))
         except ApiRefused as error:
             # 422 "A pull request already exists" comes without the number of that pull request.
-            pull = find() if error.status == 422 else None
-            if pull is None:
-                raise
-        return dict(pull)
+            if error.status == 422 and (pull := find()):
+                return pull
+            raise
 
     def find_pull(self, repo: str, branch: str) -> dict[str, Any] | None:
         """The pull request from a branch of this repository: an open one, else one merged."""
         query = urlencode({"head": f"{repo.split('/')[0]}:{branch}", "state": "all"})
         pulls = [p for p in self._pages(f"/repos/{repo}/pulls?{query}") if p["head"]["ref"] == branch]
-        merged = (pull for pull in pulls if pull["merged_at"])
-        return next((pull for pull in pulls if pull["state"] == "open"), next(merged, None))
+        usable = (pull for pull in pulls if pull["state"] == "open" or pull["merged_at"])
+        return min(usable, key=lambda pull: pull["state"] != "open", default=None)
 
     def _pages(self, url: str) -> Iterator[dict[str, Any]]:
         """All rows of a list. Links are followed as given: they lead to other paths."""
@@ -970,8 +954,10 @@ class Queue:
         missed = any(row.updated <= newest and row.number not in self._seen for row in rows.values())
         settled = self._seen and not missed
         self._pages, self._seen = pages, rows if len(pages) > 1 else {}
-        if settled and self._seen:
-            self._move_on(at)
+        # The next reading may begin shortly before this one, if a single page holds it then.
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at - SINCE_OVERLAP))
+        if settled and self._seen and sum(row.updated >= since for row in rows.values()) < PAGE_SIZE:
+            self._since, self._pages, self._seen = since, {}, {}
 
     def handled(self, number: int, updated: str) -> None:
         """Remembers how new the issue was when it was run: a list that lags shows it unrun."""
@@ -995,12 +981,6 @@ class Queue:
                 etag, next_url = answer.etag, answer.next_url
             pages[url], at, url = (etag, rows, next_url), at or answer.at, next_url
         return pages, at
-
-    def _move_on(self, at: float) -> None:
-        """Lets the next reading begin shortly before this one, if a single page holds it then."""
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at - SINCE_OVERLAP))
-        if sum(row.updated >= since for row in self._seen.values()) < PAGE_SIZE:
-            self._since, self._pages, self._seen = since, {}, {}
 
 
 # -- Processes: the only place that starts one. ----------------------------------------------------
@@ -1414,14 +1394,15 @@ def agent_environment(work: Work) -> dict[str, str]:
     return {name: config.env[name] for name in names if name in config.env} | own
 
 
-def run_agent(work: Work, command: Sequence[str], stdin: str) -> Finished:
-    """Runs an agent's program in the workspace; raises TaskFailed if it cannot or takes too long."""
-    config, checkout = work.config, work.checkout
-    config.home.mkdir(parents=True, exist_ok=True)
-    (checkout.folder / "task.md").write_text(work.task.instruction + "\n", "utf-8")
+def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished, str]:
+    """Runs an agent's program in the workspace: how it ended, and what it wrote to $AGENT_SUMMARY_FILE. Raises
+    TaskFailed if it cannot be started or takes too long, Stopping."""
+    folder, limit = work.checkout.folder, work.config.task_timeout
+    work.config.home.mkdir(parents=True, exist_ok=True)
+    (folder / "task.md").write_text(work.task.instruction + "\n", "utf-8")
+    env, cwd = agent_environment(work), work.checkout.workspace.path
     try:
-        env, limit = agent_environment(work), config.task_timeout
-        done = run_process(command, checkout.workspace.path, env, limit, stdin.encode(), work.stop, merged=True)
+        done = run_process(command, cwd, env, limit, stdin.encode(), work.stop, merged=True)
     except OSError as error:
         advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
         raise TaskFailed(f"The agent cannot be started: {error.strerror}.", advice) from None
@@ -1430,28 +1411,27 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> Finished:
     if done.ended:
         advice = "Ask for less at a time, or let the runner's owner raise AGENT_TASK_TIMEOUT."
         raise TaskFailed(f"The agent ran out of time ({duration(limit)}).", advice, done.output)
-    return done
+    return done, read_regular(folder / "tmp/summary.md")
 
 
 def process_command(work: Work) -> tuple[str, str]:
     """Runs AGENT_COMMAND; the instruction is on standard input, in a file, and in the words."""
     file, instruction = work.checkout.folder / "task.md", work.task.instruction
-    done = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
+    done, summary = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
     if done.code:
         how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"
         raise TaskFailed(f"The agent ended with {how}.", output=done.output)
-    summary = read_regular(work.checkout.folder / "tmp/summary.md").decode("utf-8", "replace")
     return summary.strip() or folded_output(done.output), done.output
 
 
-def read_regular(path: Path, limit: int = MAX_BODY) -> bytes:
-    """The start of a file that an agent may have written; empty if it is none, or a link. A link could lead to a
+def read_regular(path: Path) -> str:
+    """The start of a text that an agent may have written; empty if there is none, or a link: that could lead to a
     secret that the agent may not read and the runner may."""
-    with contextlib.suppress(OSError):
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(file, "rb") as opened:
-            return opened.read(limit) if stat.S_ISREG(os.fstat(file).st_mode) else b""
-    return b""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError), os.fdopen(os.open(path, flags), "rb") as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file.read(MAX_BODY).decode("utf-8", "replace")
+    return ""
 
 
 BUILT_IN = {"patch": process_patch, "command": process_command}
@@ -1461,8 +1441,7 @@ PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysex
 def process_plugin(work: Work) -> tuple[str, str]:
     """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
     order = {"task": dataclasses.asdict(work.task), **dataclasses.asdict(work.checkout.workspace)}
-    done = run_agent(work, plugin_command(work.config), json.dumps(order, default=str))
-    text = read_regular(work.checkout.folder / "tmp/summary.md").decode("utf-8", "replace")
+    done, text = run_agent(work, plugin_command(work.config), json.dumps(order, default=str))
     if done.code == PLUGIN_CODES["retry"]:
         raise TaskRetry(text, output=done.output)
     if done.code:
@@ -1478,13 +1457,12 @@ def plugin_command(config: Config) -> list[str]:
 
 def serve_plugin(spec: str, order: str) -> int:
     """The other side of `process_plugin`; without an order it only loads the plug-in."""
-    function = load_plugin(spec)
-    if not order:
-        return 0
-    given = json.loads(order)
-    workspace = Workspace(Path(given["path"]), given["base"], given["commit"])
-    kind, text = call_plugin(function, Task(**given["task"]), workspace)
-    Path(os.environ["AGENT_SUMMARY_FILE"]).write_text(encodable(text), "utf-8")
+    function, kind = load_plugin(spec), "done"
+    if order:
+        given = json.loads(order)
+        workspace = Workspace(Path(given["path"]), given["base"], given["commit"])
+        kind, text = call_plugin(function, Task(**given["task"]), workspace)
+        Path(os.environ["AGENT_SUMMARY_FILE"]).write_text(encodable(text), "utf-8")
     return PLUGIN_CODES[kind]
 
 
@@ -1494,15 +1472,12 @@ def load_plugin(spec: str) -> Callable[..., Any]:
     sys.modules["runner"] = sys.modules[__name__]  # its TaskFailed and ours are to be the same
     if place.endswith(".py"):
         sys.path.insert(0, str(Path(place).parent))  # for what lies beside it
-        loader = SourceFileLoader("agent_plugin", place)
-        found = importlib.util.spec_from_loader("agent_plugin", loader)
-        assert found  # noqa: S101 (a loader that is given is there)
-        sys.modules["agent_plugin"] = module = importlib.util.module_from_spec(found)
-        loader.exec_module(module)
+        sys.modules["agent_plugin"] = module = ModuleType("agent_plugin")
+        module.__file__ = place
+        SourceFileLoader("agent_plugin", place).exec_module(module)
     else:
         module = importlib.import_module(place)
-    function: Callable[..., Any] = getattr(module, name)
-    return function
+    return cast("Callable[..., Any]", getattr(module, name))
 
 
 def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) -> tuple[str, str]:
@@ -1551,7 +1526,11 @@ class Attempt:
             check_task(task, self._config)
             log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
             self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}.")
-            return self._done(task, self._carry_out(task))
+            pull = self._carry_out(task)
+            rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
+            self._close(task, "done", f"Done: {pull['html_url']}", rows)
+            log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
+            return "done"
         except Stopping:
             self.release(STOPPED)
             return "stopped"
@@ -1623,12 +1602,6 @@ class Attempt:
             raise TaskFailed(whose, "Give this task an id of its own, or delete the branch.")
         log.info("issue=%d task=%s was pushed before", self.number, task.slug)
         return diffstat(self._runner.git, mirror.path, commit, published)
-
-    def _done(self, task: Task, pull: Mapping[str, Any]) -> str:
-        rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
-        self._close(task, "done", f"Done: {pull['html_url']}", rows)
-        log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
-        return "done"
 
     def _failed(self, task: Task, failure: TaskFailed) -> str:
         log.warning("issue=%d task=%s failed: %s", self.number, task.slug, failure.why)
