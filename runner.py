@@ -44,7 +44,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -309,7 +308,11 @@ class Config:
 # Pure functions; every one takes time in proportion to the length of its text.
 
 METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
-FENCE = re.compile(r" {0,3}(`{3,}+(?![^\n]*`)|~{3,})[ \t]*([^\s`]*)")
+FENCE = re.compile(
+    r"^ {0,3}(?P<mark>(?P<tick>`)`{2,}+(?![^\n]*`)|~{3,}+)[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|\Z)"
+    r"(?P<inside>[\s\S]*?)(?:(?P<close>^ {0,3}(?P=mark)(?(tick)`*|~*)[^\S\n]*(?:\n|\Z))|\Z)",
+    re.MULTILINE,
+)
 KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
 INSTRUCTION_HEADING = re.compile(r"#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*", re.IGNORECASE)
 SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
@@ -350,30 +353,22 @@ class Task:
 
 
 class Fence(NamedTuple):
-    """A code fence in Markdown: offsets into its text; `end` is -1 if it never closes."""
+    """A code fence in Markdown: offsets into its text; `close` and `end` are -1 if it never closes."""
 
     mark: str
     language: str
     start: int
     inside: int
-    close: int = -1
-    end: int = -1
+    close: int
+    end: int
 
 
 def scan_fences(text: str) -> list[Fence]:
     """The code fences of a text: https://spec.commonmark.org/0.31.2/#fenced-code-blocks"""
-    fences: list[Fence] = []
-    opened: Fence | None = None
-    offset = 0
-    for line in text.split("\n"):
-        match, after = FENCE.match(line), offset + len(line) + 1
-        if match and opened is None:
-            opened = Fence(match[1], match[2].lower(), offset, after)
-        elif match and opened and match[1].startswith(opened.mark) and not line[match.end(1) :].strip():
-            fences.append(opened._replace(close=offset, end=min(after, len(text))))
-            opened = None
-        offset = after
-    return [*fences, opened] if opened else fences
+    return [
+        Fence(m["mark"], m["language"].lower(), m.start(), m.start("inside"), m.start("close"), m.end("close"))
+        for m in FENCE.finditer(text)
+    ]
 
 
 def outside_fences(text: str) -> str:
@@ -389,8 +384,7 @@ def outside_fences(text: str) -> str:
 
 
 def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
-    """The `agent_task_metadata` comments outside code fences: (start, end, content or None). A `-->` within a JSON
-    string does not end the comment, although a browser would say so."""
+    """The `agent_task_metadata` comments outside fences: (start, end, content or None). `-->` in JSON ends none."""
     plain, found, at = outside_fences(text), [], 0
     while match := METADATA_START.search(plain, at):
         start, content, at = match.end(), None, plain.find("-->", match.end()) + len("-->")
@@ -643,8 +637,7 @@ ADVICE = {
 
 
 class Answer(NamedTuple):
-    """An answer that was neither a limit nor a fault. `data` is None for a 304 and an empty body; `at` is the
-    server's time in seconds since 1970."""
+    """An answer, neither limit nor fault. `data` is None for a 304 and an empty body, `at` the `server_time`."""
 
     status: int
     data: Any
@@ -1171,12 +1164,6 @@ class Mirror:
                 self._git(*tidy, git_dir=self.path)
         return self._git(*read, git_dir=self.path).strip()
 
-    def issue_of(self, commit: str) -> str:
-        """The dispatch issue (owner/repository#number) whose run made a commit or one before it."""
-        trailer = "--format=%(trailers:key=Dispatch-Issue,valueonly,separator=%x20)"
-        printed = self._git("log", "--first-parent", "-200", trailer, commit, "--", git_dir=self.path)
-        return next((line.strip() for line in printed.splitlines() if line.strip()), "")
-
     def _remote(self, *command: str) -> str:
         try:
             return self._git(*command, git_dir=self.path, remote=True)
@@ -1242,8 +1229,7 @@ class Checkout:
         (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
 
     def commit(self, message: str, config: Config) -> str:
-        """Commits what has changed in the workspace; the new commit, or "" if nothing has. Raises TaskFailed for a
-        change that must not be published."""
+        """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
         self._refuse_nested_repositories()
         try:
             self._run("add", "--all", ".")
@@ -1338,8 +1324,7 @@ class Work:
 
 
 def process_task(work: Work) -> tuple[str, str]:
-    """Changes the workspace's files as AGENT_PROCESS_TASK says: (summary for people, output). Raises TaskFailed,
-    TaskRetry or Stopping."""
+    """Changes the files as AGENT_PROCESS_TASK says: (summary, output). Raises TaskFailed, TaskRetry or Stopping."""
     return BUILT_IN.get(work.config.process_task, process_plugin)(work)
 
 
@@ -1359,8 +1344,7 @@ def process_patch(work: Work) -> tuple[str, str]:
 
 
 def command_words(config: Config, instruction: str, instruction_file: Path) -> list[str]:
-    """AGENT_COMMAND as arguments; raises ValueError("...") if it cannot be run. The program is looked for where the
-    runner runs, never in the workspace."""
+    """AGENT_COMMAND as arguments; raises ValueError("..."). The program is never looked for in the workspace."""
     if not config.command:
         raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
     if config.shell:
@@ -1383,8 +1367,7 @@ AGENT_SIDE.append("AGENT_SUMMARY_FILE")
 
 
 def agent_environment(work: Work) -> dict[str, str]:
-    """All that an agent sees of the environment: an allow-list, so never the token. PATH, LANG and TERM come from the
-    runner, and what AGENT_ENV names."""
+    """All that an agent sees of the environment: an allow-list, so never the token; AGENT_ENV can add to it."""
     config, task, folder = work.config, work.task, work.checkout.folder
     base, summary = work.checkout.workspace.base, folder / "tmp/summary.md"
     about = (task.task_id, folder / "task.md", task.title, task.url, task.attempt, base, summary)
@@ -1425,8 +1408,7 @@ def process_command(work: Work) -> tuple[str, str]:
 
 
 def read_regular(path: Path) -> str:
-    """The start of a text that an agent may have written; empty if there is none, or a link: that could lead to a
-    secret that the agent may not read and the runner may."""
+    """The start of a text that an agent may have written; a link, which might lead to a secret, counts as empty."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.suppress(OSError), os.fdopen(os.open(path, flags), "rb") as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -1494,7 +1476,7 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
     except TaskFailed as failure:
         return "failed", failure.told
     except Exception as error:
-        traceback.print_exc()
+        log.exception("the plug-in failed")
         return "failed", f"The plug-in raised {type(error).__name__}."
 
 
@@ -1596,7 +1578,9 @@ class Attempt:
 
     def _adopt(self, task: Task, mirror: Mirror, commit: str, published: str) -> str:
         """The branch is there: if an earlier run of this issue pushed it, all is well; what it changed."""
-        owner = mirror.issue_of(published)
+        trailer = "--format=%(trailers:key=Dispatch-Issue,valueonly,separator=%x20)"
+        printed = self._runner.git("log", "--first-parent", "-200", trailer, published, "--", git_dir=mirror.path)
+        owner = (printed.split() or [""])[0]
         if owner.lower() != task.reference.lower():
             whose = f"{task.target_repo} has a branch {code(task.branch)} of {owner or 'somebody else'}."
             raise TaskFailed(whose, "Give this task an id of its own, or delete the branch.")
