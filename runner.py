@@ -62,8 +62,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("agent-runner")
 T = TypeVar("T")
 
-# --------------------------------------------------------------------------------------------------
-# Constants: what GitHub, other programs or plain sense fix, so that nobody need configure it.
+# -- Constants: what GitHub, other programs or plain sense fix, so that nobody need configure it. --
 
 API_VERSION = "2022-11-28"
 HTTP_TIMEOUT = (10, 30)  # seconds to connect, to answer; GitHub itself gives up after 10
@@ -303,9 +302,8 @@ class Config:
         return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in self.allowed_targets)
 
 
-# --------------------------------------------------------------------------------------------------
-# The task: an issue parsed into a value, and a value rendered into what people and programs read.
-# Pure functions; every one takes time in proportion to the length of its text.
+# -- The task: from an issue to a value, and on to what people and programs read. Pure functions, --
+# -- each of which takes time in proportion to the length of its text. -----------------------------
 
 METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
 FENCE = re.compile(
@@ -373,8 +371,7 @@ def scan_fences(text: str) -> list[Fence]:
 
 def outside_fences(text: str) -> str:
     """The text with its code fences blanked; offsets and lines stay where they are. A fence that never closes is left
-    as it is, although CommonMark lets it run to the end of the text: one stray ``` in an instruction must not hide
-    the metadata that follows it."""
+    as it is, unlike in CommonMark: one stray ``` in an instruction must not hide the metadata that follows it."""
     parts, at = [], 0
     for fence in scan_fences(text):
         if fence.end >= 0:
@@ -522,9 +519,8 @@ def check_task(task: Task, config: Config) -> None:
 
 
 def metadata_comment(metadata: Mapping[str, Any]) -> str:
-    """The hidden comment that the back end reads back, whatever the values hold. It looks for
-    `<!--\\s*agent_task_metadata\\s+(.*?)\\s*-->` and parses the group as JSON, so no `-->` may occur inside: `<` and
-    `>` can stand only in JSON strings, where an escape does."""
+    """The hidden comment that the back end finds by `<!--\\s*agent_task_metadata\\s+(.*?)\\s*-->` and reads as JSON. So
+    no `-->` may occur inside: `<` and `>` can stand only in JSON strings, where an escape does."""
     text = json.dumps(metadata).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- agent_task_metadata {text} -->"
 
@@ -733,9 +729,8 @@ def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event) -> T:
 
 
 class GitHub:
-    """GitHub's REST API as far as the runner uses it; shared by all threads. Requests go out one by one, writes
-    AGENT_WRITE_INTERVAL apart, none while a limit lasts. Raises ApiRefused for 4xx, Unreachable for faults, Stopping
-    when `stop` cuts a wait short."""
+    """GitHub's REST API, for all threads. Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a
+    limit lasts. Raises ApiRefused for 4xx, Unreachable for faults, Stopping when `stop` cuts a wait short."""
 
     def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
         self._config, self._clock, self._stop = config, clock, stop
@@ -750,11 +745,10 @@ class GitHub:
 
     def request(self, method: str, path: str, body: Any = None, etag: str = "", follow: bool = True) -> Answer:
         """One request, sent again only if GitHub refused it for a limit."""
-        headers = {"If-None-Match": etag} if etag else {}
         while True:
             with self._lock:
                 self._pace(method != "GET")
-                response = self._send(method, path, body, headers, follow)
+                response = self._send(method, path, body, etag, follow)
                 if not self._observe(response):
                     return self._answer(method, path, response)
 
@@ -771,10 +765,11 @@ class GitHub:
             self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
             self._next_write = self._clock.monotonic() + self._config.write_interval
 
-    def _send(self, method: str, path: str, body: Any, headers: Mapping[str, str], follow: bool) -> requests.Response:
+    def _send(self, method: str, path: str, body: Any, etag: str, follow: bool) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
         https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
         url = path if "://" in path else self._config.api_url + path
+        headers = {"If-None-Match": etag or None}  # requests leaves out what is None
         options: dict[str, Any] = {"headers": headers, "timeout": HTTP_TIMEOUT, "allow_redirects": False}
         for _ in range(MAX_REDIRECTS + 1):
             if urlsplit(url)[:2] != urlsplit(self._config.api_url)[:2]:
@@ -817,9 +812,8 @@ class GitHub:
         return patiently(lambda: self.request(method, path, body, follow=follow), self._clock, self._stop)
 
     def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any]) -> Any:
-        """POSTs something that must not be made twice, and returns it. GitHub may do what it was asked and still
-        answer 500, or not at all, and has no key against doubles: so what was asked for is looked for before it is
-        asked for again."""
+        """POSTs something that must not be made twice, and returns it. GitHub may do what it was asked and answer
+        500, or not at all, and has no key against doubles: so it is looked for before it is asked for again."""
         asked = False
 
         def step() -> Any:
@@ -851,9 +845,8 @@ class GitHub:
         self._repeat("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
 
     def add_label(self, number: int, label: str, looks: tuple[str, str]) -> None:
-        """Labels an issue. A label that the repository lacked gets its colour and description. GitHub makes a missing
-        label on the fly, grey and without a description, and answers with all of the issue's labels: so the usual
-        case costs one request."""
+        """Labels an issue. GitHub makes a label that the repository lacks, grey and without a description, and answers
+        with all of the issue's labels: a new one gets its looks then, and the usual case costs one request."""
         path = f"{self._dispatch}/issues/{number}/labels"
         for made in self._create(path, {"labels": [label]}, find=lambda: None):
             new = made["color"] == "ededed" and not made.get("description")
@@ -902,8 +895,7 @@ def root_cause(error: BaseException) -> str:
     return str(error).rpartition(": ")[2] or type(error).__name__
 
 
-# --------------------------------------------------------------------------------------------------
-# The queue: what waits in the dispatch repository, at the price of one 304 while nothing changes.
+# -- The queue: what waits in the dispatch repository, at the price of a 304 while nothing changes. -
 
 
 class Row(NamedTuple):
@@ -996,9 +988,8 @@ def run_process(
     command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float,
     stdin: bytes = b"", stop: threading.Event | None = None, merged: bool = False
 ) -> Finished:  # fmt: skip
-    """Runs a command to its end, or to `timeout` seconds, or until `stop` is set; raises OSError. When it returns,
-    the process group is gone. With `merged`, standard error joins standard output, and its last OUTPUT_KEPT bytes
-    count. Output goes through files: a daemon left behind may hold a pipe open for ever."""
+    """Runs a command to its end, `timeout` seconds or `stop`, and ends its process group; raises OSError. `merged`
+    keeps the last OUTPUT_KEPT bytes of both outputs. They are files: a daemon left behind may hold a pipe open."""
     log.debug("run %s", shlex.join(command))
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         feed.write(stdin)
@@ -1061,6 +1052,7 @@ GIT_ENV = {
     "GIT_ATTR_NOSYSTEM": "1",
     "GIT_TERMINAL_PROMPT": "0",
 }
+CHECKOUT_CONFIG = "[core]\nrepositoryformatversion = 0\nbare = false\n[user]\nname = agent\nemail = agent@localhost\n"
 GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.I)
 
 
@@ -1148,9 +1140,8 @@ class Mirror:
         return default, found
 
     def fetch(self, ref: str, commit: str) -> str:
-        """The commit of one of the target's refs, brought into the mirror unless it is `commit` there. The mirror's
-        own name for a ref is flat: a branch `a` that was deleted upstream must not stand in the way of a branch
-        `a/b`."""
+        """The commit of one of the target's refs, brought into the mirror unless it is `commit` there. The mirror's own
+        name for a ref is flat: a branch `a` that was deleted upstream must not stand in the way of a branch `a/b`."""
         own = f"refs/mirror/{hashlib.sha256(ref.encode()).hexdigest()[:32]}"
         read = ("rev-parse", "--verify", "--quiet", own)
         with contextlib.suppress(GitFailed):
@@ -1188,9 +1179,8 @@ def diffstat(git: Git, git_dir: Path, base: str, commit: str) -> str:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where `process_task` works: the files of the target's base branch, checked out at `path`. `commit` is the base
-    commit, `base` its branch. The `.git` in there knows the history; nothing that happens to it matters to the
-    runner, which takes the files as they are in the end."""
+    """Where `process_task` works: the files of the branch `base` at `commit`, checked out at `path`. The `.git`
+    in there knows the history; the runner takes the files as they are in the end, and never reads it."""
 
     path: Path
     base: str
@@ -1206,27 +1196,19 @@ class Checkout:
         self.workspace = Workspace(folder / "tree", base, commit)
 
     def fill(self, branch: str) -> None:
-        """Checks out the files; takes time with their number, not with the history's length."""
-        self.workspace.path.mkdir(parents=True)
+        """Checks out the files; takes time with their number, not with the history's length. Both repositories are
+        what `git init` would make, with the mirror's objects lent: https://git-scm.com/docs/gitrepository-layout"""
+        throw_away, commit = self.workspace.path / ".git", self.workspace.commit
+        for path in (self.git_dir, throw_away):
+            for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
+                (path / folder).mkdir(parents=True)
+            (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
+            (path / "refs/heads" / branch).write_text(f"{commit}\n")
+            (path / "config").write_text(CHECKOUT_CONFIG)
+            (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
         (self.folder / "tmp").mkdir()
-        self._write_repository(self.git_dir, branch, bare=True)
-        self._run("read-tree", "--reset", "-u", self.workspace.commit)
-        throw_away = self.workspace.path / ".git"
-        self._write_repository(throw_away, branch, bare=False)
+        self._run("read-tree", "--reset", "-u", commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
-
-    def _write_repository(self, path: Path, branch: str, bare: bool) -> None:
-        """What `git init` would make, with the mirror's objects lent to it and a branch checked out.
-        https://git-scm.com/docs/gitrepository-layout"""
-        for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
-            (path / folder).mkdir(parents=True)
-        (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
-        (path / "refs/heads" / branch).write_text(f"{self.workspace.commit}\n")
-        (path / "config").write_text(
-            f"[core]\n\trepositoryformatversion = 0\n\tbare = {str(bare).lower()}\n"
-            "[user]\n\tname = agent\n\temail = agent@localhost\n"
-        )
-        (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
 
     def commit(self, message: str, config: Config) -> str:
         """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
@@ -1254,9 +1236,8 @@ class Checkout:
             names = "\0".join(nested).encode("utf-8", "surrogateescape")
             with contextlib.suppress(GitFailed):  # status 1: none of them
                 ignored = set(self._run("check-ignore", "-z", "--stdin", stdin=names).split("\0"))
-        for path in nested:
-            if path not in ignored:
-                raise TaskFailed(f"{code(path)} is a git repository of its own, which cannot be committed.")
+        if refused := [path for path in nested if path not in ignored]:
+            raise TaskFailed(f"{code(refused[0])} is a git repository of its own, which cannot be committed.")
 
     def _check_changes(self, config: Config) -> None:
         """Refuses what a pull request must not bring: too much, workflows, links that lead out."""
@@ -1463,9 +1444,8 @@ def load_plugin(spec: str) -> Callable[..., Any]:
 
 
 def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) -> tuple[str, str]:
-    """Calls a plug-in's function; ("done", "failed" or "retry", and a text for people). A function with one parameter
-    gets the issue as GitHub gave it and says with a bool whether it worked; one with two gets a Task and a Workspace
-    and may return a summary."""
+    """Calls a plug-in's function: ("done", "failed" or "retry", text for people). With one parameter it gets GitHub's
+    JSON of the issue and returns whether it worked; with two a Task and a Workspace, and may return a summary."""
     try:
         if len(inspect.signature(function).parameters) == 1:
             worked = function(dict(task.issue))
@@ -1824,11 +1804,9 @@ def check_repository(config: Config, repo: str) -> str:
 
 def examine(config: Config) -> int:
     """Tries what a task will need without changing anything on GitHub; the exit code."""
-    repos = dict.fromkeys((config.dispatch_repo, config.target_repo))
-    checks: list[Callable[[Config], str]] = [check_machine, check_agent]
-    checks += [functools.partial(check_repository, repo=repo) for repo in repos]
-    code = 0
-    for check in checks:
+    repos, code = dict.fromkeys((config.dispatch_repo, config.target_repo)), 0
+    checks: list[Callable[[Config], str]] = [functools.partial(check_repository, repo=repo) for repo in repos]
+    for check in (check_machine, check_agent, *checks):
         try:
             print("✓", check(config), flush=True)
         except (RunnerError, OSError) as error:
