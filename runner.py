@@ -297,6 +297,13 @@ class Config:
             hint = f"; did you mean {near[0]}?" if near else ""
             yield f"{name} is set, but the runner knows no such variable{hint}"
 
+    @property
+    def secrets(self) -> list[str]:
+        """What must not be shown: the token, as it is and as git sends it, and the longer values for the agent."""
+        login = base64.b64encode(f"x-access-token:{self.token}".encode()).decode()
+        values = (self.env.get(name, "") for name in self.agent_env)
+        return [self.token, login, *(value for value in values if len(value) >= 12)]
+
     def allows_target(self, repo: str) -> bool:
         """Whether pull requests may go to a repository; patterns may hold `*`, case is ignored."""
         return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in self.allowed_targets)
@@ -656,7 +663,7 @@ def limit_pause(headers: Mapping[str, str], streak: int) -> float:
     now = server_time(headers)  # not this machine's clock, which may be off
     with contextlib.suppress(ValueError):
         if "retry-after" in headers:
-            return min(max(0.0, float(headers["retry-after"])), MAX_PAUSE)
+            return min(max(1.0 + streak, float(headers["retry-after"])), MAX_PAUSE)
         if headers.get("x-ratelimit-remaining") == "0" and now:
             return min(max(0.0, float(headers.get("x-ratelimit-reset", "")) - now) + 1, MAX_PAUSE)
     return float(SECONDARY_LIMIT_PAUSE * 2 ** min(streak, 5))
@@ -712,15 +719,15 @@ class Clock:
         return seconds * random.uniform(0.8, 1.2)  # noqa: S311 (nothing secret hangs on it)
 
 
-def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event) -> T:
-    """Takes a step again for as long as GitHub is out of reach, PATIENCE seconds at most. What an agent has done in
-    an hour is not to be lost to a minute without network. The step must bear being taken twice."""
-    pause, begun = 1.0, clock.monotonic()
+def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event, patience: float = PATIENCE) -> T:
+    """Takes a step again for as long as GitHub is out of reach, with pauses of `patience` seconds at most in all. What
+    an agent has done in an hour is not to be lost to a minute without network. The step must bear being repeated."""
+    pause, left = 1.0, patience
     while True:
         try:
             return step()
         except Unreachable as fault:
-            if clock.monotonic() - begun + pause > PATIENCE:
+            if (left := left - pause) < 0:
                 raise
             log.warning("%s; next try in %.0f s", fault, pause)
             if clock.wait(stop, clock.jitter(pause)):
@@ -743,12 +750,12 @@ class GitHub:
         self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": API_VERSION})
         self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
 
-    def request(self, method: str, path: str, body: Any = None, etag: str = "", follow: bool = True) -> Answer:
+    def request(self, method: str, path: str, body: Any = None, etag: str = "") -> Answer:
         """One request, sent again only if GitHub refused it for a limit."""
         while True:
             with self._lock:
                 self._pace(method != "GET")
-                response = self._send(method, path, body, etag, follow)
+                response = self._send(method, path, self._masked(body), etag)
                 if not self._observe(response):
                     return self._answer(method, path, response)
 
@@ -765,7 +772,14 @@ class GitHub:
             self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
             self._next_write = self._clock.monotonic() + self._config.write_interval
 
-    def _send(self, method: str, path: str, body: Any, etag: str, follow: bool) -> requests.Response:
+    def _masked(self, body: Any) -> Any:
+        """What is to be sent without the secrets that an agent may have found and told."""
+        text = json.dumps(body)
+        for secret in self._config.secrets:
+            text = text.replace(json.dumps(secret)[1:-1], "***")
+        return json.loads(text)
+
+    def _send(self, method: str, path: str, body: Any, etag: str) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
         https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
         url = path if "://" in path else self._config.api_url + path
@@ -779,9 +793,10 @@ class GitHub:
             except requests.RequestException as error:
                 raise Unreachable(f"no answer to {method} {path}: {root_cause(error)}") from error
             log.debug("%s %s -> %d", method, url, response.status_code)
-            if response.status_code not in (301, 302, 307, 308) or not follow:
+            if response.status_code not in (301, 302, 307, 308):
                 return response
-            url = urljoin(url, response.headers.get("location", ""))
+            with contextlib.suppress(ValueError):
+                url = urljoin(url, response.headers.get("location", ""))
         raise ApiRefused(f"{method} {path} is redirected without end")
 
     def _observe(self, response: requests.Response) -> bool:
@@ -802,44 +817,53 @@ class GitHub:
         except requests.JSONDecodeError as error:
             if response.status_code < 400:  # a proxy's or a hotel's page
                 raise Unreachable(f"the answer to {method} {path} is not GitHub's") from error
+        if method == "GET" and response.status_code == 200 and not isinstance(data, dict | list):
+            raise Unreachable(f"the answer to {method} {path} is not GitHub's")
         if response.status_code >= 400:
             raise refusal(method, path, response.status_code, data)
         next_url = str(response.links.get("next", {}).get("url", ""))
         return Answer(response.status_code, data, headers.get("etag", ""), next_url, server_time(headers))
 
-    def _repeat(self, method: str, path: str, body: Any = None, follow: bool = True) -> Answer:
-        """A request that may be sent twice, and is while GitHub is out of reach."""
-        return patiently(lambda: self.request(method, path, body, follow=follow), self._clock, self._stop)
+    def _repeat(self, method: str, path: str, body: Any = None, last: bool = False) -> Answer:
+        """A request that may be sent twice, and is while GitHub is out of reach; a `last` one only for some seconds,
+        also when the runner is to stop."""
+        stop, patience = (threading.Event(), 8) if last else (self._stop, PATIENCE)
+        return patiently(lambda: self.request(method, path, body), self._clock, stop, patience)
 
-    def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any]) -> Any:
+    def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any], asked: bool = False) -> Any:
         """POSTs something that must not be made twice, and returns it. GitHub may do what it was asked and answer
         500, or not at all, and has no key against doubles: so it is looked for before it is asked for again."""
-        asked = False
 
         def step() -> Any:
             nonlocal asked
             found = find() if asked else None
             asked = True
-            return found or self.request("POST", path, body).data
+            made = found or self.request("POST", path, body).data
+            if not made:
+                raise Unreachable(f"the answer to POST {path} is empty")
+            return made
 
         return patiently(step, self._clock, self._stop)
 
     def issue(self, number: int) -> dict[str, Any]:
-        """One issue of the dispatch repository. Moved to another repository counts as refused."""
-        answer = self._repeat("GET", f"{self._dispatch}/issues/{number}", follow=False)
-        if answer.status != 200 or not isinstance(answer.data, dict):
-            raise ApiRefused(f"issue {number} is not in this repository any more", status=answer.status)
-        return answer.data
+        """One issue of the dispatch repository, which may have a new name; moved elsewhere counts as refused."""
+        issue: dict[str, Any] = self._repeat("GET", f"{self._dispatch}/issues/{number}").data
+        home = f"{self._config.api_url}{self._dispatch}"
+        if issue["repository_url"].lower() != home.lower():
+            home = self._repeat("GET", self._dispatch).data["url"]
+        if issue["repository_url"].lower() != home.lower():
+            raise ApiRefused(f"issue {number} was moved to another repository", status=301)
+        return issue
 
-    def comment(self, number: int, text: str, marker: str, since: str) -> int:
-        """Comments on an issue, once; the comment's id. `marker` is in this text alone."""
+    def comment(self, number: int, text: str, marker: str, since: str, again: bool = False) -> int:
+        """Comments on an issue, once; the comment's id. `marker` is in this text alone; `again` if it may be there."""
         path = f"{self._dispatch}/issues/{number}/comments"
         query = urlencode({"since": since, "per_page": PAGE_SIZE})
 
         def find() -> Any:
             return next((c for c in self._pages(f"{path}?{query}") if marker in str(c["body"])), None)
 
-        return int(self._create(path, {"body": text}, find)["id"])
+        return int(self._create(path, {"body": text}, find, again)["id"])
 
     def edit_comment(self, comment: int, text: str) -> None:
         self._repeat("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
@@ -852,12 +876,13 @@ class GitHub:
             new = made["color"] == "ededed" and not made.get("description")
             if new and made["name"].lower() == label.lower():
                 body = dict(zip(("color", "description"), looks, strict=True))
-                self._repeat("PATCH", f"{self._dispatch}/labels/{quote(label, safe='')}", body)
+                with contextlib.suppress(ApiRefused, Unreachable):  # it works without
+                    self.request("PATCH", f"{self._dispatch}/labels/{quote(label, safe='')}", body)
 
-    def remove_label(self, number: int, label: str) -> None:
+    def remove_label(self, number: int, label: str, last: bool = False) -> None:
         """Takes a label off an issue; that it is not there is as good."""
         try:
-            self._repeat("DELETE", f"{self._dispatch}/issues/{number}/labels/{quote(label, safe='')}")
+            self._repeat("DELETE", f"{self._dispatch}/issues/{number}/labels/{quote(label, safe='')}", last=last)
         except ApiRefused as error:
             if error.status != 404:
                 raise
@@ -938,7 +963,7 @@ class Queue:
         newest = max((row.updated for row in self._seen.values()), default="")
         missed = any(row.updated <= newest and row.number not in self._seen for row in rows.values())
         settled = self._seen and not missed
-        self._pages, self._seen = pages, rows if len(pages) > 1 else {}
+        self._pages, self._seen = pages, rows if len(rows) >= PAGE_SIZE else {}
         # The next reading may begin shortly before this one, if a single page holds it then.
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at - SINCE_OVERLAP))
         if settled and self._seen and sum(row.updated >= since for row in rows.values()) < PAGE_SIZE:
@@ -962,6 +987,8 @@ class Queue:
             usable = next_url or len(rows) < PAGE_SIZE
             answer = self._github.request("GET", url, etag=etag if usable else "")
             if answer.status != 304:
+                if not isinstance(answer.data, list) or not all(isinstance(row, dict) for row in answer.data):
+                    raise Unreachable(f"the answer to GET {url} is no list of issues")
                 rows = [Row(i["number"], i["updated_at"], is_queued(i, self._config)) for i in answer.data]
                 etag, next_url = answer.etag, answer.next_url
             pages[url], at, url = (etag, rows, next_url), at or answer.at, next_url
@@ -1061,8 +1088,8 @@ class Git:
     in the environment of that one process: never in an argument, an address or a file.
     https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT"""
 
-    def __init__(self, config: Config) -> None:
-        self._server = config.server_url
+    def __init__(self, config: Config, stop: threading.Event | None = None) -> None:
+        self._server, self.stop = config.server_url, stop or threading.Event()
         self._env = {k: v for k, v in config.env.items() if GIT_INHERITS.fullmatch(k)} | GIT_ENV
         login = base64.b64encode(f"x-access-token:{config.token}".encode()).decode()
         self._sign_in = {
@@ -1085,7 +1112,14 @@ class Git:
         if work_tree:
             place |= {"GIT_WORK_TREE": str(work_tree), "GIT_INDEX_FILE": str(git_dir / "index")}
         argv, cwd = ["git", *command], work_tree or git_dir
-        done = run_process(argv, cwd=cwd, env=self._env | place, stdin=stdin, timeout=GIT_TIMEOUT)
+        if self.stop.is_set():
+            raise Stopping
+        try:
+            done = run_process(argv, cwd, self._env | place, GIT_TIMEOUT, stdin, self.stop)
+        except OSError as error:
+            raise GitFailed(f"git does not start: {error}", output=str(error)) from error
+        if done.ended == "stop":
+            raise Stopping
         if done.code or done.ended:
             said = [done.err.decode("utf-8", "replace").strip(), done.output.strip(), done.ended]
             output = "\n".join(filter(None, said)) or f"status {done.code}"
@@ -1127,9 +1161,10 @@ class Mirror:
     def look(self, *refs: str) -> tuple[str, dict[str, str]]:
         """The target's default branch, and the commits of HEAD and these refs as they are there."""
         with self._locked():
-            if not (self.path / "HEAD").exists():
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._git("init", "--quiet", "--bare", "--template=", git_dir=self.path)
+            if not self.path.exists():  # whole or not at all
+                made = Path(tempfile.mkdtemp(prefix="new-", dir=self.path.parent))
+                self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
+                made.rename(self.path)
         default, found = "", {}
         printed = self._remote("ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs)
         for value, _, name in (line.partition("\t") for line in printed.splitlines()):
@@ -1167,14 +1202,22 @@ class Mirror:
         lock = self.path.with_suffix(".lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if self._git.stop.wait(0.05):
+                        raise Stopping from None
+            for stale in self.path.glob("refs/mirror/*.lock"):  # of a git that was killed
+                stale.unlink()
             yield
 
 
 def diffstat(git: Git, git_dir: Path, base: str, commit: str) -> str:
     """What a commit changed since it left the base, as `git diff --stat` shows it."""
     options = ("--stat=100", "--stat-count=60", "--no-color", "--no-ext-diff")
-    return git("diff", *options, f"{base}...{commit}", "--", git_dir=git_dir)
+    return encodable(git("diff", *options, f"{base}...{commit}", "--", git_dir=git_dir))
 
 
 @dataclass(frozen=True)
@@ -1196,22 +1239,30 @@ class Checkout:
         self.workspace = Workspace(folder / "tree", base, commit)
 
     def fill(self, branch: str) -> None:
-        """Checks out the files; takes time with their number, not with the history's length. Both repositories are
-        what `git init` would make, with the mirror's objects lent: https://git-scm.com/docs/gitrepository-layout"""
-        throw_away, commit = self.workspace.path / ".git", self.workspace.commit
-        for path in (self.git_dir, throw_away):
-            for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
-                (path / folder).mkdir(parents=True)
-            (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
-            (path / "refs/heads" / branch).write_text(f"{commit}\n")
-            (path / "config").write_text(CHECKOUT_CONFIG)
-            (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
+        """Checks out the files; takes time with their number, not with the history's length."""
+        throw_away = self.workspace.path / ".git"
+        self._write_repository(self.git_dir, branch)
+        self._write_repository(throw_away, branch)
         (self.folder / "tmp").mkdir()
-        self._run("read-tree", "--reset", "-u", commit)
+        self._run("read-tree", "--reset", "-u", self.workspace.commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
+
+    def _write_repository(self, path: Path, branch: str) -> None:
+        """What `git init` would make, with the mirror's objects lent: https://git-scm.com/docs/gitrepository-layout"""
+        for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
+        (path / "refs/heads" / branch).write_text(f"{self.workspace.commit}\n")
+        (path / "config").write_text(CHECKOUT_CONFIG)
+        (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
+        # Files come and go byte for byte: what the target's .gitattributes say would change some that nobody touched.
+        (path / "info/attributes").write_text("* -text !eol -ident -filter !working-tree-encoding\n")
 
     def commit(self, message: str, config: Config) -> str:
         """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
+        if self.workspace.path.is_symlink():
+            raise TaskFailed("The workspace was replaced by a link.")
+        self._write_repository(self.git_dir, "made")  # as it was, whatever has been written there meanwhile
         self._refuse_nested_repositories()
         try:
             self._run("add", "--all", ".")
@@ -1257,9 +1308,8 @@ class Checkout:
                 advice = "The runner's owner can allow that with AGENT_ALLOW_WORKFLOWS."
                 raise TaskFailed(f"{code(path)} is a workflow; this runner may not change them.", advice)
             if mode == "120000":
-                target = str((top / path).readlink())
-                inside = os.path.normpath(f"{path}/../{target}").split("/")[0]
-                if target.startswith("/") or inside == "..":
+                leads_to = Path(os.path.realpath(top / path))
+                if (top / path).readlink().is_absolute() or not leads_to.is_relative_to(os.path.realpath(top)):
                     raise TaskFailed(f"{code(path)} is a link that leads out of the repository.")
 
     def apply(self, patch: str) -> None:
@@ -1280,6 +1330,8 @@ class Checkout:
 
     def remove(self) -> None:
         """Deletes the folder, also what the agent made unreadable."""
+        with contextlib.suppress(OSError):
+            self.folder.chmod(stat.S_IRWXU)
         for path, folders, _ in os.walk(self.folder):
             for folder in (Path(path, name) for name in folders):
                 with contextlib.suppress(OSError):
@@ -1455,7 +1507,7 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
         return "retry", retry.why
     except TaskFailed as failure:
         return "failed", failure.told
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.exception("the plug-in failed")
         return "failed", f"The plug-in raised {type(error).__name__}."
 
@@ -1472,27 +1524,28 @@ class Attempt:
 
     def __init__(self, runner: Runner, number: int) -> None:
         self._runner, self._config, self._github = runner, runner.config, runner.github
-        self.number, self.attempt, self.due, self.updated = number, 1, 0.0, ""
+        self._run = secrets.token_hex(8)
+        self.number, self.attempt, self.due, self.faults = number, 1, 0.0, 0
+        self.settled = ""  # when the issue was changed last, once it is known what becomes of it
+        self._since = ""  # the same as it was at the first reading
+        self._ours = False  # whether its label `agent-processing` was put there from here
         self._comment: int | None = None
 
     def run(self) -> str:
-        """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped". Raises only what makes
-        it impossible to tell it on the issue."""
-        self._run, self._begun = secrets.token_hex(8), self._runner.clock.monotonic()
+        """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped". Raises what makes it
+        impossible to tell it on the issue."""
+        self._begun = self._runner.clock.monotonic()
         if (issue := self._read_again()) is None:
             return "skipped"
         task = parse_task(issue, self._config, self.attempt)
         # Outside the `try`: a runner that may not label must not comment either, poll after poll.
         self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
+        self._ours, self.settled = True, str(issue["updated_at"])
         try:
             check_task(task, self._config)
             log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
             self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}.")
             pull = self._carry_out(task)
-            rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
-            self._close(task, "done", f"Done: {pull['html_url']}", rows)
-            log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
-            return "done"
         except Stopping:
             self.release(STOPPED)
             return "stopped"
@@ -1503,20 +1556,27 @@ class Attempt:
         except Exception:
             log.exception("issue=%d a fault of the runner", self.number)
             return self._failed(task, TaskFailed("The runner met a fault; its log says more."))
+        rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
+        self._close(task, "done", f"Done: {pull['html_url']}", rows)
+        log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
+        return "done"
 
     def _read_again(self) -> dict[str, Any] | None:
         """The issue as it is now, if it is still queued: a list can be old."""
         try:
             issue = self._github.issue(self.number)
-        except ApiRefused as gone:
-            log.warning("issue=%d skipped: %s", self.number, gone)
+        except ApiRefused as refused:
+            if refused.status not in (301, 404, 410, 451):
+                raise
+            log.warning("issue=%d skipped: %s", self.number, refused)
             return None
-        self.updated = str(issue["updated_at"])
-        if is_queued(issue, self._config, ours=self.attempt > 1):
+        self._since = self._since or str(issue["updated_at"])
+        if is_queued(issue, self._config, self._ours):
             return issue
         labels = ", ".join(label["name"] for label in issue["labels"]) or "none"
         log.warning("issue=%d skipped: it is %s, its labels: %s", self.number, issue["state"], labels)
-        if self.attempt > 1:
+        self.settled = str(issue["updated_at"])
+        if self._ours:
             self.release("It is not tried again: the issue was closed, or lost its label.")
         return None
 
@@ -1579,7 +1639,11 @@ class Attempt:
         took = duration(self._runner.clock.monotonic() - self._begun)
         rows = {"Task": code(task.task_id), **rows, "Attempt": str(self.attempt), "Duration": took}
         body = render_comment(self._run, "end", blocks(text, table(rows)), output, metadata_comment(task.metadata))
-        self._github.comment(self.number, body, step_marker(self._run, "end"), self.updated)
+        try:
+            again = self.attempt + self.faults > 1
+            self._github.comment(self.number, body, step_marker(self._run, "end"), self._since, again)
+        except ApiRefused as refused:  # a conversation can be locked; the labels still tell the end
+            log.error("issue=%d no comment: %s", self.number, refused)
         self._github.add_label(self.number, getattr(self._config, f"{end}_label"), LABELS[end])
         self._github.remove_label(self.number, self._config.processing_label)
 
@@ -1595,18 +1659,21 @@ class Attempt:
 
     def release(self, why: str) -> None:
         """Takes the issue out of work without an end."""
+        self._github.remove_label(self.number, self._config.processing_label, last=True)
         log.info("issue=%d released: %s", self.number, why)
         if self._comment is not None:
             self._say(why)
-        self._github.remove_label(self.number, self._config.processing_label)
 
     def _say(self, text: str, output: str = "") -> None:
-        """The comment that tells how the task goes on: made once, edited from then on."""
+        """The comment that tells how the task goes on: made once, edited from then on. The work does not hang on it."""
         body = render_comment(self._run, "start", text, output)
-        if self._comment is None:
-            self._comment = self._github.comment(self.number, body, step_marker(self._run, "start"), self.updated)
-        else:
-            self._github.edit_comment(self._comment, body)
+        try:
+            if self._comment is None:
+                self._comment = self._github.comment(self.number, body, step_marker(self._run, "start"), self._since)
+            else:
+                self._github.edit_comment(self._comment, body)
+        except (ApiRefused, Unreachable) as error:
+            log.warning("issue=%d no comment: %s", self.number, error)
 
 
 # -- The loop: poll, admit, wait; until told to stop. ----------------------------------------------
@@ -1620,7 +1687,7 @@ class Runner:
         self.config, self.clock = config, clock or Clock()
         self.stop, self.kill, self.wake = threading.Event(), threading.Event(), threading.Event()
         self.github = GitHub(config, self.clock, self.stop)
-        self.git = Git(config)
+        self.git = Git(config, self.kill)
         self.patiently = functools.partial(patiently, clock=self.clock, stop=self.stop)
         self.queue = Queue(config, self.github)
         self.outcomes: Counter[str] = Counter()
@@ -1629,9 +1696,11 @@ class Runner:
         self._again: list[Attempt] = []
         self._next_poll = self.clock.monotonic()
         self._polls_failed = 0
+        self._daemon = False
 
     def run_forever(self) -> None:
         """Works until `stop` is set, then lets what runs come to an end."""
+        self._daemon = True
         log.info("watching %s for the label %s", self.config.dispatch_repo, self.config.task_label)
         while not self.stop.is_set():
             try:
@@ -1696,7 +1765,7 @@ class Runner:
         ready += [Attempt(self, number) for number in sorted(self.queue.waiting.keys() - known)]
         for attempt in ready[: self.config.max_concurrent - len(self._running)]:
             self._again = [other for other in self._again if other is not attempt]
-            attempt.updated = self.queue.waiting.pop(attempt.number, "")
+            self.queue.waiting.pop(attempt.number, None)
             future = self._pool.submit(self._attempt, attempt)
             self._running[future] = attempt
             future.add_done_callback(lambda _: self.wake.set())
@@ -1707,6 +1776,12 @@ class Runner:
             return attempt.run()
         except Stopping:
             return "stopped"
+        except Unreachable as error:
+            if self.stop.is_set():
+                return "stopped"
+            attempt.faults, attempt.due = attempt.faults + 1, self.clock.monotonic() + RETRY_PAUSE
+            log.error("issue=%d is taken up again later: %s", attempt.number, error)
+            return "retry" if self._daemon or attempt.faults < self.config.max_attempts else "failed"
         except RunnerError as error:
             log.error("issue=%d cannot be told how it ended: %s", attempt.number, error.told)
         except Exception:
@@ -1721,7 +1796,8 @@ class Runner:
                 self._again.append(attempt)
             else:
                 self.outcomes[outcome] += 1
-                self.queue.handled(attempt.number, attempt.updated)
+                if attempt.settled:
+                    self.queue.handled(attempt.number, attempt.settled)
 
     def _rest(self, until: float) -> None:
         """Waits for the next thing to do, or for somebody who knows of one."""
@@ -1781,7 +1857,8 @@ def check_agent(config: Config) -> str:
         env = {name: config.env[name] for name in ("PATH", *config.agent_env) if name in config.env}
         done = run_process(plugin_command(config), cwd=Path("/"), env=env, timeout=60, merged=True)
         if done.code:
-            why = f"process_task: {config.process_task}: {last_lines(done.output).splitlines()[-1]}"
+            said = (last_lines(done.output) or done.ended or f"status {done.code}").splitlines()[-1]
+            why = f"process_task: {config.process_task}: {said}"
             raise TaskFailed(why, "Mend the plug-in, or AGENT_PROCESS_TASK.")
     return f"process_task: {config.process_task}"
 
@@ -1818,15 +1895,18 @@ def examine(config: Config) -> int:
 class _Format(logging.Formatter):
     """One line an event, without secrets."""
 
-    def __init__(self, secret: str) -> None:
+    def __init__(self, secrets: Sequence[str]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._secret = secret
+        self._secrets = secrets
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
         return printable(super().formatMessage(record)).replace("\n", " ")
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace(self._secret, "***")
+        text = super().format(record)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
 
 def watch_signals(runner: Runner) -> None:
@@ -1843,28 +1923,26 @@ def watch_signals(runner: Runner) -> None:
 
 def run(config: Config, once: bool, issue: int | None) -> int:
     """The daemon, or one round of it; the exit code."""
+    runner = Runner(config)
+    watch_signals(runner)
     try:
         check_machine(config)
         check_agent(config)
     except TaskFailed as problem:
         log.error("cannot start: %s", problem.told)
         return 2
-    runner = Runner(config)
-    watch_signals(runner)
+    if not once and issue is None:
+        runner.run_forever()
+        return 0
     try:
-        if once or issue is not None:
-            runner.run_once(issue)
-        else:
-            runner.run_forever()
-            return 0
+        runner.run_once(issue)
     except Stopping:
         log.info("stopped before the queue was read")
-        return 1
     except RunnerError as error:
         log.error("cannot read the queue: %s", error.told)
         return 1
-    good = {"done", "skipped"} if once else {"done"}
-    return 0 if runner.outcomes.keys() <= good else 1
+    bad = runner.outcomes.keys() - ({"done", "skipped"} if once else {"done"})
+    return 1 if bad or runner.stop.is_set() else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1890,7 +1968,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error if isinstance(error, ConfigError) else f"cannot read .env: {error}", file=sys.stderr)
         return 2
     handler = logging.StreamHandler()
-    handler.setFormatter(_Format(config.token))
+    handler.setFormatter(_Format(config.secrets))
     logging.basicConfig(level=config.log_level, handlers=[handler], force=True)
     for warning in config.unknown():
         log.warning("%s", warning)
@@ -1900,4 +1978,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -228,6 +228,27 @@ def test_a_plugin_that_cannot_be_loaded_stops_the_start(world: World) -> None:
     assert world.labels() == ["copilot-agent"]
 
 
+def test_a_plugin_that_ends_without_a_word_stops_the_start(world: World) -> None:
+    silent = world.folder / "silent.py"
+    silent.write_text("import os\nos._exit(3)\n")
+    code, _, err = finish(world.start("--once", AGENT_PROCESS_TASK=f"{silent}:process_task"))
+    assert code == 2
+    assert "status 3" in err
+
+
+def test_a_run_that_is_cut_short_says_so_by_its_exit_code(world: World) -> None:
+    world.open(PATCH)
+    started = world.folder / "started"
+    process = world.start(
+        "--once", AGENT_COMMAND=f"touch {started}; sleep 600", AGENT_SHELL="yes", AGENT_DRAIN_SECONDS="0"
+    )
+    while not started.exists() and process.poll() is None:
+        threading.Event().wait(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 1
+    assert world.labels() == ["copilot-agent"]
+
+
 def test_a_state_folder_that_cannot_be_written_to_stops_the_start(world: World) -> None:
     code, _, err = finish(world.start("--once", AGENT_STATE_DIR="/proc/nowhere"))
     assert code == 2

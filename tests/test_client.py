@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import threading
 from pathlib import Path
@@ -258,12 +259,71 @@ def test_a_redirect_without_end_is_an_error(world: World, client: Client) -> Non
 
 def test_an_issue_that_is_not_there_any_more_is_refused(world: World, client: Client) -> None:
     moved, deleted = world.open(), world.open()
+    world.github.open_issue(TARGET, title="It is here now", body="")
     world.issue(moved).transferred_to = f"{TARGET}#1"
     world.issue(deleted).deleted = True
-    for number in (moved, deleted, 99):
-        with pytest.raises(ApiRefused):
+    for number, status in ((moved, 301), (deleted, 410), (99, 404)):
+        with pytest.raises(ApiRefused) as refused:
             client.github.issue(number)
-    assert [r.status for r in world.requests()] == [301, 410, 404]
+        assert refused.value.status == status
+
+
+def test_an_issue_of_a_renamed_repository_is_found(world: World, client: Client) -> None:
+    number = world.open()
+    world.github.repository(DISPATCH).moved_to = "acme/elsewhere"
+    assert client.github.issue(number)["number"] == number
+
+
+def test_a_pause_of_no_seconds_is_one_all_the_same(world: World, client: Client) -> None:
+    world.github.faults.append(Fault(status=429, headers={"retry-after": "0"}, times=3))
+    client.github.request("GET", "/user")
+    assert client.clock.waits == [1, 2, 3]
+
+
+def test_waiting_for_a_limit_does_not_use_up_patience(world: World, client: Client) -> None:
+    number = world.open()
+    limit = Fault(status=429, headers={"retry-after": "1200"})
+    world.github.faults += [limit, Fault(status=502)]
+    assert client.github.issue(number)["number"] == number
+    assert client.clock.waits == [1200, 1]
+
+
+def test_a_label_whose_looks_may_not_be_set_is_put_all_the_same(world: World, client: Client) -> None:
+    number = world.open()
+    world.github.faults.append(Fault(method="PATCH", status=403))
+    client.github.add_label(number, "agent-done", LABELS["done"])
+    assert "agent-done" in world.labels(number)
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b'"ok"', b"7"])
+def test_an_answer_without_content_is_no_answer(world: World, client: Client, body: bytes) -> None:
+    world.github.faults.append(Fault(method="GET", status=200, body=body))
+    with pytest.raises(Unreachable):
+        client.github.request("GET", "/user")
+
+
+def test_a_comment_whose_answer_is_empty_is_looked_for(world: World, client: Client) -> None:
+    number = world.open()
+    world.github.faults.append(Fault(method="POST", path=".*/comments", status=201, body=b""))
+    client.comment(number)
+    assert len(world.issue(number).comments) == 1
+
+
+def test_a_comment_that_may_be_there_is_looked_for_first(world: World, client: Client) -> None:
+    number = world.open()
+    first = client.comment(number)
+    marker = "<!-- agent-runner run=r1 step=end -->"
+    again = client.github.comment(number, f"Done.\n\n{marker}", marker, "2020-01-01T00:00:00Z", again=True)
+    assert again == first
+    assert len(world.issue(number).comments) == 1
+
+
+def test_secrets_are_masked_in_what_is_sent(world: World) -> None:
+    client, number = Client(world, MODEL_KEY='sk-"quoted"-key', AGENT_ENV="MODEL_KEY"), world.open()
+    login = base64.b64encode(f"x-access-token:{world.github.token}".encode()).decode()
+    text = f'{world.github.token} {login} sk-"quoted"-key'
+    client.github.edit_comment(client.comment(number), text)
+    assert world.last_comment(number) == "*** *** ***"
 
 
 def test_a_netrc_file_does_not_replace_the_token(

@@ -161,6 +161,32 @@ def test_stopping_while_github_is_away_ends_soon(world: World) -> None:
     assert daemon.runner.outcomes == {"stopped": 1}
 
 
+@pytest.mark.parametrize("fault", [{"status": 502}, {"drop": "before"}])
+def test_one_fault_while_stopping_leaves_no_label_behind(world: World, fault: dict[str, str]) -> None:
+    world.open(patch(1))
+    env = {"AGENT_DRAIN_SECONDS": "0", "AGENT_SHELL": "1", "AGENT_COMMAND": sleeper(world)}
+    daemon = Daemon(world, **env)
+    daemon.thread.start()
+    wait_until((world.folder / "started-t1").exists)
+    world.github.faults += [Fault(method=m, **fault) for m in ("PATCH", "DELETE")]  # type: ignore[arg-type]
+    daemon.runner.request_stop()
+    daemon.thread.join(30)
+    assert world.labels(1) == ["copilot-agent"]
+
+
+def test_being_told_to_stop_now_ends_git_too(world: World) -> None:
+    world.open(patch(1))
+    world.github.faults.append(Fault(kind="git", delay=30, times=None))
+    daemon = Daemon(world)
+    daemon.thread.start()
+    wait_until(lambda: any(request.kind == "git" for request in world.github.log))
+    daemon.runner.request_stop(now=True)
+    daemon.thread.join(20)
+    assert not daemon.thread.is_alive()
+    assert daemon.runner.outcomes == {"stopped": 1}
+    assert world.github.pulls(TARGET) == []
+
+
 def test_a_failed_poll_is_repeated_less_and_less_soon(world: World) -> None:
     clock = FakeClock()
     runner = Runner(world.config(), clock)

@@ -70,8 +70,8 @@ def test_headers_are_found_however_they_are_written() -> None:
     [
         ({"retry-after": "30"}, 0, 30),
         ({"retry-after": "30"}, 5, 30),
-        ({"retry-after": "0"}, 0, 0),
-        ({"retry-after": "-5"}, 0, 0),
+        ({"retry-after": "0"}, 0, 1),
+        ({"retry-after": "-5"}, 4, 5),
         ({"retry-after": "5", "x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(NOW) + 900)}, 0, 5),
         ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(NOW) + 900)}, 3, 901),
         ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(NOW) - 900)}, 0, 1),

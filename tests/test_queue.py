@@ -114,6 +114,28 @@ def test_the_101st_issue_is_found_although_the_full_page_before_it_did_not_chang
     assert set(queue.waiting) == {new}
 
 
+def test_exactly_a_full_page_of_finished_issues_costs_no_quota(world: World, queue: Queue, time: Time) -> None:
+    for _ in range(100):
+        world.open(labels=DONE)
+    time.now += 3600
+    for _ in range(3):
+        queue.poll()
+    assert [polled(world, queue) for _ in range(3)] == [[304]] * 3
+    new = world.open()
+    queue.poll()
+    assert set(queue.waiting) == {new}
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[1]"])
+def test_a_list_that_is_none_changes_nothing(world: World, queue: Queue, body: bytes) -> None:
+    world.open()
+    queue.poll()
+    world.github.faults.append(Fault(status=200, body=body))
+    with pytest.raises(Unreachable):
+        queue.poll()
+    assert set(queue.waiting) == {1}
+
+
 def on_each_page(world: World, change: Callable[[], None]) -> None:
     """Has the world change before each of the list's pages is read."""
     for page in range(1, 4):

@@ -459,6 +459,7 @@ def test_a_plugin_can_be_a_module(world: World) -> None:
 
 
 PLUGIN_FAILURES = {
+    "sys.exit(0)": ("raise SystemExit(0)", "raised SystemExit"),
     "False": ("return False", "says that it did not work"),
     "TaskFailed": ("raise runner.TaskFailed('Too hard.', 'Ask a friend.')", "Too hard. Ask a friend."),
     "an exception": ("print('before'); 1 / 0", "raised ZeroDivisionError"),
@@ -551,7 +552,10 @@ def test_a_branch_that_an_earlier_run_pushed_is_adopted(world: World) -> None:
 
 
 def test_a_pull_request_that_an_earlier_run_opened_is_adopted(world: World) -> None:
-    interrupted(world, Fault(method="POST", path=".*/issues/1/comments", after=1, status=403, times=None))
+    world.open(dispatch_body())
+    world.run_once()
+    world.issue().comments.pop()
+    world.github.remove_label(DISPATCH, 1, "agent-done")
     world.run_once()
     assert world.pull().html_url in world.last_comment()
     assert world.labels() == ["agent-done", "copilot-agent"]
@@ -627,28 +631,110 @@ def test_a_fault_of_the_runner_is_told_too(world: World, monkeypatch: pytest.Mon
 def test_what_cannot_be_told_does_not_stop_the_others(world: World) -> None:
     world.open(dispatch_body())
     world.open(dispatch_body(task_id="second"))
-    world.github.faults.append(Fault(method="POST", path=".*/issues/1/comments", status=403, times=None))
+    world.github.faults.append(Fault(method="POST", path=".*/issues/1/labels", status=403, times=None))
     runner = world.run_once()
     assert runner.outcomes == {"failed": 1, "done": 1}
     assert world.labels(2) == ["agent-done", "copilot-agent"]
 
 
-def test_a_runner_that_may_not_label_does_not_comment_poll_after_poll(world: World) -> None:
-    world.open("No patch.")
-    world.open(dispatch_body(), author="mallory", association="NONE")
-    world.github.faults.append(Fault(method="POST", path=".*/labels", status=403, times=None))
-    runner = world.runner()
-    for _ in range(3):
+def polls(runner: Runner, count: int) -> None:
+    """So many polls, each with the work that comes of it."""
+    for _ in range(count):
         runner.queue.poll()
         runner._admit()
         while runner._running:
             runner.wake.wait(0.1)
             runner._collect()
             runner._admit()
+
+
+def test_a_runner_that_may_not_label_does_not_comment_and_goes_on_when_it_may(world: World) -> None:
+    world.open("No patch.")
+    world.open(dispatch_body(), author="mallory", association="NONE")
+    world.github.faults.append(Fault(method="POST", path=".*/labels", status=403, times=None))
+    runner = world.runner()
+    polls(runner, 3)
+    assert world.issue(1).comments == world.issue(2).comments == []
+    world.github.faults.clear()
+    polls(runner, 1)
+    assert world.labels(1) == world.labels(2) == ["agent-failed", "copilot-agent"]
     runner.request_stop()
     runner._drain()
-    assert world.issue(1).comments == world.issue(2).comments == []
-    assert runner.outcomes == {"failed": 2}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_issue_that_could_not_be_read_once_is_run_with_the_next_poll(world: World, status: int) -> None:
+    world.open(dispatch_body())
+    world.github.faults.append(Fault(path=".*/issues/1", status=status))
+    runner = world.runner()
+    polls(runner, 2)
+    runner.request_stop()
+    runner._drain()
+    assert world.labels() == ["agent-done", "copilot-agent"]
+
+
+def test_work_goes_on_in_a_renamed_dispatch_repository(world: World) -> None:
+    world.open(dispatch_body())
+    world.github.repository(DISPATCH).moved_to = "acme/renamed"
+    runner = world.run_once()
+    assert runner.outcomes == {"done": 1}
+
+
+def test_a_task_whose_end_could_not_be_told_is_ended_later(world: World) -> None:
+    world.open("No patch.")
+    comments = Fault(method="POST", path=".*/issues/1/comments", status=502, after=1, times=None)
+    world.github.faults.append(comments)
+    runner = Runner(world.config(), FastClock())
+    thread = threading.Thread(target=runner.run_forever)
+    thread.start()
+    while not any(attempt.faults for attempt in [*runner._again]):
+        threading.Event().wait(0.05)
+    world.github.faults.clear()
+    while not runner.outcomes:
+        threading.Event().wait(0.05)
+    runner.request_stop()
+    thread.join(30)
+    assert world.labels() == ["agent-failed", "copilot-agent"]
+    assert "no ```diff" in world.last_comment()
+
+
+def test_the_end_is_told_once_although_the_labels_took_long(world: World) -> None:
+    world.open(dispatch_body())
+    labels = Fault(method="POST", path=".*/issues/1/labels", status=502, after=1, times=11)
+    world.github.faults.append(labels)
+    runner = Runner(world.config(), FastClock())
+    thread = threading.Thread(target=runner.run_forever)
+    thread.start()
+    while not runner.outcomes:
+        threading.Event().wait(0.05)
+    runner.request_stop()
+    thread.join(30)
+    assert labels.seen > 12
+    assert runner.outcomes["done"] == 1
+    assert len([c for c in world.issue().comments if c.body.startswith("Done")]) == 1
+
+
+def test_a_deleted_progress_comment_does_no_harm(world: World) -> None:
+    world.open("Do something.")
+    world.github.faults.append(Fault(method="PATCH", path=".*/comments/.*", status=404, times=None))
+    code = RETRY + "    if task.attempt < 2: raise runner.TaskRetry('busy')\n    open('new', 'w')"
+    assert retried(world, code).outcomes == {"done": 1}
+
+
+def test_a_locked_conversation_gets_its_labels(world: World) -> None:
+    world.open(dispatch_body())
+    world.github.faults.append(Fault(method="POST", path=".*/comments", status=403, times=None))
+    assert world.run_once().outcomes == {"done": 1}
+    assert world.labels() == ["agent-done", "copilot-agent"]
+    assert world.pull().number
+
+
+def test_a_token_that_an_agent_tells_is_masked(world: World) -> None:
+    code = f'print("found {world.github.token} and s3cret-model-key"); open("new", "w")'
+    world.open("Do something.")
+    env = {"MODEL_KEY": "s3cret-model-key", "AGENT_ENV": "MODEL_KEY"}
+    world.run_once(AGENT_COMMAND=agent(world.folder, code), **env)
+    assert "found *** and ***" in world.pull_body()
 
 
 @pytest.mark.parametrize("change", ["close_issue", "unlabel"])

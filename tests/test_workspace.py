@@ -168,6 +168,60 @@ def test_a_link_that_leads_out_is_refused(place: Place, target: str) -> None:
         place.commit()
 
 
+def test_two_links_that_lead_out_together_are_refused(place: Place) -> None:
+    write(place.path / "a/b/file", "")
+    (place.path / "a/b/up").symlink_to("../..")
+    (place.path / "a/b/out").symlink_to("up/../outside")
+    with pytest.raises(TaskFailed, match="`a/b/out` is a link that leads out"):
+        place.commit()
+
+
+def test_a_workspace_that_is_a_link_is_refused(place: Place) -> None:
+    shutil.rmtree(place.path)
+    place.path.symlink_to("/usr/share")
+    with pytest.raises(TaskFailed, match="replaced by a link"):
+        place.commit()
+
+
+def test_a_workspace_that_is_gone_is_refused(place: Place) -> None:
+    shutil.rmtree(place.path)
+    with pytest.raises(TaskFailed, match="cannot be committed"):
+        place.commit()
+
+
+def test_what_is_written_beside_the_workspace_is_not_trusted(place: Place) -> None:
+    trap = place.path.parent / "trapped"
+    with (place.checkout.git_dir / "config").open("a") as config:
+        config.write(f"[core]\n\tsshCommand = touch {trap}\n[http]\n\tproxy = http://127.0.0.1:1\n")
+    write(place.path / "new.txt", "new\n")
+    place.checkout.push(place.commit(), "agent-task-1", TARGET)
+    assert not trap.exists()
+
+
+def test_line_ends_that_nobody_touched_stay(world: World) -> None:
+    files: dict[str, str | bytes] = {"a.txt": b"one\r\ntwo\r\n", "b.bat": b"x\ny\r\n"}
+    world.github.commit(TARGET, files)
+    world.github.commit(TARGET, {".gitattributes": "*.txt text\n*.bat text eol=crlf\n"})
+    place = Place(world)
+    assert (place.path / "a.txt").read_bytes() == b"one\r\ntwo\r\n"
+    assert place.commit() == ""
+    write(place.path / "new.txt", "new\n")
+    assert place.changed() == ["A new.txt"]
+
+
+def test_a_name_that_is_no_text_can_be_shown(place: Place) -> None:
+    Path(os.fsdecode(os.fsencode(place.path) + b"/caf\xe9.txt")).write_text("x")
+    base, made = place.checkout.workspace.commit, place.commit()
+    diffstat(place.git, place.checkout.git_dir, base, made).encode()
+
+
+def test_what_a_killed_git_leaves_in_the_mirror_is_cleared(world: World, place: Place) -> None:
+    for name in (place.mirror.path / "refs/mirror").iterdir():
+        name.with_suffix(".lock").touch()
+    world.github.commit(TARGET, {"second.txt": "2\n"})
+    Place(world, "second")
+
+
 def test_a_link_within_is_taken(place: Place) -> None:
     (place.path / "src/link").symlink_to("../README.md")
     assert place.changed() == ["A src/link"]
