@@ -773,11 +773,12 @@ class GitHub:
             self._next_write = self._clock.monotonic() + self._config.write_interval
 
     def _masked(self, body: Any) -> Any:
-        """What is to be sent without the secrets that an agent may have found and told."""
-        text = json.dumps(body)
-        for secret in self._config.secrets:
-            text = text.replace(json.dumps(secret)[1:-1], "***")
-        return json.loads(text)
+        """What is to be sent, without the secrets that an agent may have found and told."""
+        masked = dict(body or {})
+        for key in masked.keys() & {"title", "body"}:
+            for secret in self._config.secrets:
+                masked[key] = masked[key].replace(secret, "***")
+        return masked or None
 
     def _send(self, method: str, path: str, body: Any, etag: str) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
@@ -1443,7 +1444,7 @@ def process_command(work: Work) -> tuple[str, str]:
 def read_regular(path: Path) -> str:
     """The start of a text that an agent may have written; a link, which might lead to a secret, counts as empty."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with contextlib.suppress(OSError), os.fdopen(os.open(path, flags), "rb") as file:
+    with contextlib.suppress(OSError), open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file.read(MAX_BODY).decode("utf-8", "replace")
     return ""

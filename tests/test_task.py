@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -401,6 +402,17 @@ def test_a_summary_that_is_a_link_is_not_read(world: World) -> None:
     world.open("Do something.")
     world.run_once(AGENT_COMMAND=agent(world.folder, code))
     assert "s3cret" not in world.pull_body()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_summary_that_is_no_file_is_not_read(world: World, kind: str) -> None:
+    make = "mkdir" if kind == "folder" else "mkfifo"
+    code = f'import os; os.{make}(os.environ["AGENT_SUMMARY_FILE"]); open("new", "w")'
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        world.open("Do something.")
+    assert world.run_once(AGENT_COMMAND=agent(world.folder, code)).outcomes == {"done": 3}
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # the client's connection stays open
 
 
 def test_nothing_is_left_of_a_finished_workspace(world: World) -> None:
