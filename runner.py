@@ -20,14 +20,13 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import dataclasses
 import difflib
 import email.utils
 import fcntl
 import fnmatch
 import functools
 import hashlib
-import importlib
+import importlib.machinery
 import inspect
 import json
 import logging
@@ -47,11 +46,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from importlib.machinery import SourceFileLoader
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
@@ -171,8 +169,7 @@ def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = s
 
 def _is_address(text: str) -> bool:
     parts = urlsplit(text)
-    allowed = parts.scheme in ("http", "https") and parts.hostname and not parts.username
-    return bool(allowed and parts.port != 0)
+    return bool(parts.scheme in ("http", "https") and parts.hostname and not parts.username and parts.port != 0)
 
 
 def _number(low: float) -> Callable[[str], Any]:
@@ -266,9 +263,9 @@ class Config:
         return config
 
     @classmethod
-    def variables(cls) -> dict[str, dataclasses.Field[Any]]:
+    def variables(cls) -> dict[str, Field[Any]]:
         """The fields by the names of their variables."""
-        return {spec.metadata["name"]: spec for spec in dataclasses.fields(cls) if spec.metadata}
+        return {spec.metadata["name"]: spec for spec in fields(cls) if spec.metadata}
 
     def _contradictions(self) -> Iterator[str]:
         """What is wrong with several variables together."""
@@ -651,8 +648,7 @@ class Answer(NamedTuple):
 
 def is_limit(status: int, headers: Mapping[str, str], text: str) -> bool:
     """Whether a request was refused for a limit: 429, or a 403 that does not mean "you may not"."""
-    exhausted = headers.get("x-ratelimit-remaining") == "0"
-    told = exhausted or "retry-after" in headers or "rate limit" in text.lower()
+    told = headers.get("x-ratelimit-remaining") == "0" or "retry-after" in headers or "rate limit" in text.lower()
     return status == 429 or (status == 403 and told)
 
 
@@ -1302,8 +1298,7 @@ class Checkout:
         if (count := len(modes)) > config.max_changed_files:
             raise TaskFailed(f"{count:,} files were changed; AGENT_MAX_CHANGED_FILES allows fewer.", smaller)
         if (size := sum((top / path).stat().st_size for path in files)) > config.max_changed_bytes:
-            why = f"The changed files hold {size:,} bytes; AGENT_MAX_CHANGED_BYTES allows fewer."
-            raise TaskFailed(why, smaller)
+            raise TaskFailed(f"The changed files hold {size:,} bytes; AGENT_MAX_CHANGED_BYTES allows fewer.", smaller)
         for path, mode in modes.items():
             if path.lower().startswith(".github/workflows/") and not config.allow_workflows:
                 advice = "The runner's owner can allow that with AGENT_ALLOW_WORKFLOWS."
@@ -1456,7 +1451,7 @@ PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysex
 
 def process_plugin(work: Work) -> tuple[str, str]:
     """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
-    order = {"task": dataclasses.asdict(work.task), **dataclasses.asdict(work.checkout.workspace)}
+    order = {"task": asdict(work.task), **asdict(work.checkout.workspace)}
     done, text = run_agent(work, plugin_command(work.config), json.dumps(order, default=str))
     if done.code == PLUGIN_CODES["retry"]:
         raise TaskRetry(text, output=done.output)
@@ -1482,7 +1477,7 @@ def serve_plugin(spec: str, order: str) -> int:
     return PLUGIN_CODES[kind]
 
 
-def load_plugin(spec: str) -> Callable[..., Any]:
+def load_plugin(spec: str) -> Any:
     """The function that `package.module:function` or `path/to/file.py:function` names."""
     place, _, name = spec.rpartition(":")
     sys.modules["runner"] = sys.modules[__name__]  # its TaskFailed and ours are to be the same
@@ -1490,10 +1485,10 @@ def load_plugin(spec: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path(place).parent))  # for what lies beside it
         sys.modules["agent_plugin"] = module = ModuleType("agent_plugin")
         module.__file__ = place
-        SourceFileLoader("agent_plugin", place).exec_module(module)
+        importlib.machinery.SourceFileLoader("agent_plugin", place).exec_module(module)
     else:
         module = importlib.import_module(place)
-    return cast("Callable[..., Any]", getattr(module, name))
+    return getattr(module, name)
 
 
 def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) -> tuple[str, str]:
@@ -1607,8 +1602,7 @@ class Attempt:
         try:
             checkout.fill(task.branch)
             summary, output = process_task(Work(task, checkout, self._config, runner.kill))
-            made = checkout.commit(commit_message(task, self._run), self._config)
-            if not made:
+            if not (made := checkout.commit(commit_message(task, self._run), self._config)):
                 advice = "If there is something to change, say more precisely what and where."
                 raise TaskFailed("The agent changed nothing.", advice, output)
             log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
@@ -1726,10 +1720,21 @@ class Runner:
         self._drain()
 
     def tick(self) -> None:
-        """One turn of the loop, without waiting: collect, poll if it is time, admit."""
+        """One turn of the loop, without waiting: collect, poll if it is time, admit. After a poll that failed the next
+        one is soon, then less and less soon."""
         self._collect()
         if self.clock.monotonic() >= self._next_poll:
-            self._poll()
+            self._next_poll = self.clock.monotonic() + self.config.poll_interval
+            try:
+                self.queue.poll()
+                self._polls_failed = 0
+            except Stopping:
+                pass
+            except RunnerError as error:
+                self._polls_failed += 1
+                pause = self.clock.jitter(min(self.config.poll_interval, 2.0 ** min(self._polls_failed, 10)))
+                log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
+                self._next_poll = self.clock.monotonic() + pause
         self._admit()
 
     def request_stop(self, now: bool = False) -> None:
@@ -1743,20 +1748,6 @@ class Runner:
         """Has the queue read now."""
         self._next_poll = self.clock.monotonic()
         self.wake.set()
-
-    def _poll(self) -> None:
-        """Reads the queue; after a failure again soon, then less and less soon."""
-        self._next_poll = self.clock.monotonic() + self.config.poll_interval
-        try:
-            self.queue.poll()
-            self._polls_failed = 0
-        except Stopping:
-            pass
-        except RunnerError as error:
-            self._polls_failed += 1
-            pause = self.clock.jitter(min(self.config.poll_interval, 2.0 ** min(self._polls_failed, 10)))
-            log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
-            self._next_poll = self.clock.monotonic() + pause
 
     def _admit(self) -> None:
         """Starts as much of what is due as there are free workers, oldest first."""
