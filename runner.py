@@ -1099,9 +1099,10 @@ class Git:
 
     def __call__(
         self, *command: str, git_dir: Path, work_tree: Path | None = None, stdin: bytes = b"",
-        remote: bool = False, env: Mapping[str, str] | None = None
+        remote: str = "", env: Mapping[str, str] | None = None
     ) -> str:  # fmt: skip
-        """What one git command prints; with `remote` it speaks to GitHub, and has the token. Raises GitFailed."""
+        """What one git command prints. Only one that speaks to a `remote` repository, which it names, has the token.
+        Raises GitFailed or, with `remote`, what that means for the task."""
         settings = GIT_SETTINGS | (self._sign_in if remote else {})
         place = {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings)), **(env or {})}
         for index, (key, value) in enumerate(settings.items()):
@@ -1120,7 +1121,8 @@ class Git:
         if done.code or done.ended:
             said = [done.err.decode("utf-8", "replace").strip(), done.output.strip(), done.ended]
             output = "\n".join(filter(None, said)) or f"status {done.code}"
-            raise GitFailed(f"git {command[0]} failed: {output}", output=output)
+            failure = GitFailed(f"git {command[0]} failed: {output}", output=output)
+            raise remote_failure(failure, remote) if remote else failure
         return done.out.decode("utf-8", "surrogateescape")
 
 
@@ -1163,7 +1165,8 @@ class Mirror:
                 self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
                 made.rename(self.path)
         default, found = "", {}
-        printed = self._remote("ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs)
+        command = ("ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs)
+        printed = self._git(*command, git_dir=self.path, remote=self._repo)
         for value, _, name in (line.partition("\t") for line in printed.splitlines()):
             if value.startswith("ref: refs/heads/") and name == "HEAD":
                 default = value.removeprefix("ref: refs/heads/")
@@ -1180,18 +1183,12 @@ class Mirror:
             if self._git(*read, git_dir=self.path).strip() == commit:
                 return commit
         with self._locked():
-            options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--force")
-            self._remote("fetch", *options, self._git.url(self._repo), f"{ref}:{own}")
+            command = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--force", self._git.url(self._repo))
+            self._git(*command, f"{ref}:{own}", git_dir=self.path, remote=self._repo)
             tidy = ("-c", "gc.auto=6700", "-c", "gc.autoDetach=false", "gc", "--auto", "--quiet")
             with contextlib.suppress(GitFailed):
                 self._git(*tidy, git_dir=self.path)
         return self._git(*read, git_dir=self.path).strip()
-
-    def _remote(self, *command: str) -> str:
-        try:
-            return self._git(*command, git_dir=self.path, remote=True)
-        except GitFailed as failure:
-            raise remote_failure(failure, self._repo) from failure
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -1290,8 +1287,8 @@ class Checkout:
     def _check_changes(self, config: Config) -> None:
         """Refuses what a pull request must not bring: too much, workflows, links that lead out."""
         options = ("--cached", "--raw", "--no-renames", "-z")
-        fields = self._run("diff-index", *options, self.workspace.commit).split("\0")
-        modes = {path: raw.split()[1] for raw, path in zip(fields[::2], fields[1::2], strict=False)}
+        listed = self._run("diff-index", *options, self.workspace.commit).split("\0")
+        modes = {path: raw.split()[1] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
         files = [path for path, mode in modes.items() if mode in ("100644", "100755")]
         top = self.workspace.path
         smaller = "Ask for a smaller change, or let the runner's owner raise the limit."
@@ -1318,11 +1315,11 @@ class Checkout:
         # An empty lease: the branch must not exist.
         command = ("push", "--porcelain", "--atomic", f"--force-with-lease={ref}:", self._git.url(repo))
         try:
-            self._run(*command, f"{commit}:{ref}", remote=True)
-        except GitFailed as failure:
+            self._run(*command, f"{commit}:{ref}", remote=repo)
+        except RunnerError:
             # It may have got through, now or before, and its answer not.
             if self._mirror.look(ref)[1].get(ref) != commit:
-                raise remote_failure(failure, repo) from failure
+                raise
 
     def remove(self) -> None:
         """Deletes the folder, also what the agent made unreadable."""
