@@ -349,6 +349,12 @@ class Task:
         return f"agent-task-{self.slug}"
 
     @property
+    def brief(self) -> str:
+        """What a command is told: the instruction, and what it is about where only the issue's head says so."""
+        told = self.context in self.instruction.replace("`", "")
+        return self.instruction if told else f"{self.instruction}\n\nTarget: {self.context}"
+
+    @property
     def reference(self) -> str:
         """The dispatch issue as GitHub writes it across repositories: owner/repository#number."""
         return f"{self.dispatch_repo}#{self.number}"
@@ -1408,7 +1414,7 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     TaskFailed if it cannot be started or takes too long, Stopping."""
     folder, limit = work.checkout.folder, work.config.task_timeout
     work.config.home.mkdir(parents=True, exist_ok=True)
-    (folder / "task.md").write_text(work.task.instruction + "\n", "utf-8")
+    (folder / "task.md").write_text(work.task.brief + "\n", "utf-8")
     env, cwd = agent_environment(work), work.checkout.workspace.path
     try:
         done = run_process(command, cwd, env, limit, stdin.encode(), work.stop, merged=True)
@@ -1425,7 +1431,7 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
 
 def process_command(work: Work) -> tuple[str, str]:
     """Runs AGENT_COMMAND; the instruction is on standard input, in a file, and in the words."""
-    file, instruction = work.checkout.folder / "task.md", work.task.instruction
+    file, instruction = work.checkout.folder / "task.md", work.task.brief
     done, summary = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
     if done.code:
         how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"

@@ -348,6 +348,15 @@ def test_an_agent_gets_its_task_in_every_way(world: World) -> None:
     assert (told["AGENT_TASK_ATTEMPT"], told["AGENT_TASK_BASE"]) == ("1", "main")
 
 
+def test_an_agent_is_told_what_its_task_is_about(world: World) -> None:
+    world.open(dispatch_body("Mend it.", target=f"issue `{TARGET}#42`"))
+    world.open(f"Mend it.\n\nTarget: issue `{TARGET}#42`\n\ntask_id: second")
+    world.run_once(AGENT_COMMAND="tee told.txt", AGENT_SHELL="yes")
+    first, second = (world.github.git(TARGET, "show", f"{pull.head}:told.txt") for pull in world.github.pulls(TARGET))
+    assert first == f"Mend it.\n\nTarget: issue {TARGET}#42"
+    assert second == f"Mend it.\n\nTarget: issue `{TARGET}#42`"
+
+
 def test_an_agent_sees_what_it_may_of_the_environment_and_never_the_token(world: World) -> None:
     code = 'import os, json; json.dump(dict(os.environ), open("env.json", "w"))'
     world.open("Do something.")
