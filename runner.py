@@ -294,12 +294,17 @@ class Config:
             hint = f"; did you mean {near[0]}?" if near else ""
             yield f"{name} is set, but the runner knows no such variable{hint}"
 
-    @property
-    def secrets(self) -> list[str]:
-        """What must not be shown: the token, as it is and as git sends it, and the longer values for the agent."""
-        login = base64.b64encode(f"x-access-token:{self.token}".encode()).decode()
+    @functools.cached_property
+    def git_login(self) -> str:
+        """The token in the form in which git sends it."""
+        return base64.b64encode(f"x-access-token:{self.token}".encode()).decode()
+
+    def masked(self, text: str) -> str:
+        """The text without secrets: the token in both of its forms, and the longer values for the agent."""
         values = (self.env.get(name, "") for name in self.agent_env)
-        return [self.token, login, *(value for value in values if len(value) >= 12)]
+        for secret in (self.token, self.git_login, *(value for value in values if len(value) >= 12)):
+            text = text.replace(secret, "***")
+        return text
 
     def allows_target(self, repo: str) -> bool:
         """Whether pull requests may go to a repository; patterns may hold `*`, case is ignored."""
@@ -757,7 +762,7 @@ class GitHub:
         while True:
             with self._lock:
                 self._pace(method != "GET")
-                response = self._send(method, path, self._masked(body), etag)
+                response = self._send(method, path, body, etag)
                 if not self._observe(response):
                     return self._answer(method, path, response)
 
@@ -774,18 +779,12 @@ class GitHub:
             self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
             self._next_write = self._clock.monotonic() + self._config.write_interval
 
-    def _masked(self, body: Any) -> Any:
-        """What is to be sent, without the secrets that an agent may have found and told."""
-        masked = dict(body or {})
-        for key in masked.keys() & {"title", "body"}:
-            for secret in self._config.secrets:
-                masked[key] = masked[key].replace(secret, "***")
-        return masked or None
-
     def _send(self, method: str, path: str, body: Any, etag: str) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
         https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
         url = path if "://" in path else self._config.api_url + path
+        # An agent may have found a secret and told it.
+        body = body and {k: self._config.masked(v) if k in ("title", "body") else v for k, v in body.items()}
         headers = {"If-None-Match": etag or None}  # requests leaves out what is None
         options: dict[str, Any] = {"headers": headers, "timeout": HTTP_TIMEOUT, "allow_redirects": False}
         for _ in range(MAX_REDIRECTS + 1):
@@ -1094,9 +1093,8 @@ class Git:
     def __init__(self, config: Config, stop: threading.Event | None = None) -> None:
         self._server, self.stop = config.server_url, stop or threading.Event()
         self._env = {k: v for k, v in config.env.items() if GIT_INHERITS.fullmatch(k)} | GIT_ENV
-        login = base64.b64encode(f"x-access-token:{config.token}".encode()).decode()
         self._sign_in = {
-            f"http.{config.server_url}/.extraHeader": f"Authorization: Basic {login}",
+            f"http.{config.server_url}/.extraHeader": f"Authorization: Basic {config.git_login}",
             f"protocol.{urlsplit(config.server_url).scheme}.allow": "always",
         }
 
@@ -1165,11 +1163,8 @@ class Mirror:
 
     def look(self, *refs: str) -> tuple[str, dict[str, str]]:
         """The target's default branch, and the commits of HEAD and these refs as they are there."""
-        with self._locked():
-            if not self.path.exists():  # whole or not at all
-                made = Path(tempfile.mkdtemp(prefix="new-", dir=self.path.parent))
-                self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
-                made.rename(self.path)
+        if not self.path.exists():
+            self._make()
         default, found = "", {}
         command = ("ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs)
         printed = self._git(*command, git_dir=self.path, remote=self._repo)
@@ -1180,6 +1175,14 @@ class Mirror:
                 found[name] = value
         return default, found
 
+    def _make(self) -> None:
+        """An empty mirror, whole or not at all."""
+        with self._locked():
+            if not self.path.exists():
+                made = Path(tempfile.mkdtemp(prefix="new-", dir=self.path.parent))
+                self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
+                made.rename(self.path)
+
     def fetch(self, ref: str, commit: str) -> str:
         """The commit of one of the target's refs, brought into the mirror unless it is `commit` there. The mirror's own
         name for a ref is flat: a branch `a` that was deleted upstream must not stand in the way of a branch `a/b`."""
@@ -1189,6 +1192,8 @@ class Mirror:
             if self._git(*read, git_dir=self.path).strip() == commit:
                 return commit
         with self._locked():
+            for stale in self.path.glob("refs/mirror/*.lock"):  # of a git that was killed
+                stale.unlink()
             command = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--force", self._git.url(self._repo))
             self._git(*command, f"{ref}:{own}", git_dir=self.path, remote=self._repo)
             tidy = ("-c", "gc.auto=6700", "-c", "gc.autoDetach=false", "gc", "--auto", "--quiet")
@@ -1209,8 +1214,6 @@ class Mirror:
                 except BlockingIOError:
                     if self._git.stop.wait(0.05):
                         raise Stopping from None
-            for stale in self.path.glob("refs/mirror/*.lock"):  # of a git that was killed
-                stale.unlink()
             yield
 
 
@@ -1839,8 +1842,8 @@ def check_machine(config: Config) -> str:
         raise TaskFailed(f"{config.state_dir}: {error.strerror}", advice) from None
     try:
         version = Git(config)("version", git_dir=config.state_dir).split()[2]
-    except (OSError, GitFailed) as error:
-        raise TaskFailed(f"git does not start: {error}", "Install git 2.31 or newer.") from None
+    except GitFailed as failure:
+        raise TaskFailed(f"git does not start: {failure.output}", "Install git 2.31 or newer.") from None
     if [int(number) for number in re.findall(r"\d+", version)[:2]] < [2, 31]:
         raise TaskFailed(f"git {version} is too old", "Install git 2.31 or newer.")
     return f"git {version}, state in {config.state_dir}"
@@ -1860,15 +1863,14 @@ def check_agent(config: Config) -> str:
 
 def check_repository(config: Config, repo: str) -> str:
     """What the API says of a repository that is needed, and whether git can read it."""
-    runner = Runner(config)
-    data = runner.github.request("GET", f"/repos/{repo}").data
+    data = GitHub(config, Clock(), threading.Event()).request("GET", f"/repos/{repo}").data
     if not data.get("permissions", {}).get("push"):
         raise TaskFailed(f"{repo}: the token's user may not write", ADVICE[403])
     if repo == config.dispatch_repo and not data["has_issues"]:
         raise TaskFailed(f"{repo}: issues are off", "Turn them on in its settings.")
     if repo != config.target_repo:
         return f"{repo}: the token's user may write"
-    branch, _ = Mirror(runner.git, config.state_dir, repo).look()
+    branch, _ = Mirror(Git(config), config.state_dir, repo).look()
     if not branch:
         raise TaskFailed(f"{repo} is empty", "Push a first commit.")
     return f"{repo}: the token's user may write, and git reads the branch {branch}"
@@ -1890,18 +1892,15 @@ def examine(config: Config) -> int:
 class _Format(logging.Formatter):
     """One line an event, without secrets."""
 
-    def __init__(self, secrets: Sequence[str]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._secrets = secrets
+        self._config = config
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
         return printable(super().formatMessage(record)).replace("\n", " ")
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return self._config.masked(super().format(record))
 
 
 def watch_signals(runner: Runner) -> None:
@@ -1963,7 +1962,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error if isinstance(error, ConfigError) else f"cannot read .env: {error}", file=sys.stderr)
         return 2
     handler = logging.StreamHandler()
-    handler.setFormatter(_Format(config.secrets))
+    handler.setFormatter(_Format(config))
     logging.basicConfig(level=config.log_level, handlers=[handler], force=True)
     for warning in config.unknown():
         log.warning("%s", warning)
