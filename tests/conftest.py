@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +78,40 @@ class FastClock(Clock):
         return seconds
 
 
+def wait_until(condition: Callable[[], object], seconds: int = 30) -> None:
+    for _ in range(seconds * 100):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    pytest.fail(f"it did not come about in {seconds} s")
+
+
+class Daemon:
+    """A runner in a thread of its own. `end` stops it as a signal does, leaving the `with` as a second one does."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._thread = threading.Thread(target=runner.run_forever)
+
+    def __enter__(self) -> Daemon:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(now=True)
+
+    def end(self, now: bool = False, seconds: int = 30) -> None:
+        self.runner.request_stop(now)
+        self._thread.join(seconds)
+        assert not self._thread.is_alive()
+
+
 class World:
     """The stand-in, the settings that point to it, and short ways to what tests want of both."""
 
     def __init__(self, github: StandIn, folder: Path) -> None:
         self.github, self.folder = github, folder
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "GITHUB_TOKEN": github.token,
-            "GITHUB_API_URL": github.api_url,
-            "GITHUB_SERVER_URL": github.server_url,
-            "AGENT_DISPATCH_REPO": DISPATCH,
-            "AGENT_TARGET_REPO": TARGET,
-            "AGENT_STATE_DIR": str(folder / "state"),
-            "AGENT_WRITE_INTERVAL": "0",
-        }
+        self.env = github.settings(DISPATCH, TARGET, folder / "state") | {"AGENT_WRITE_INTERVAL": "0"}
 
     def config(self, **env: str) -> Config:
         return Config.from_env(self.env | env)
@@ -102,7 +121,7 @@ class World:
 
     def run_once(self, **env: str) -> Runner:
         """One poll and its tasks, in this process."""
-        runner = Runner(self.config(**env))
+        runner = self.runner(None, **env)
         runner.run_once()
         return runner
 

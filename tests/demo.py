@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -75,15 +74,7 @@ def main() -> int:
 @contextlib.contextmanager
 def running(github: StandIn, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The runner as a process, in an empty folder; ended in the end."""
-    env = {
-        "PATH": os.environ["PATH"],
-        "GITHUB_TOKEN": github.token,
-        "GITHUB_API_URL": github.api_url,
-        "GITHUB_SERVER_URL": github.server_url,
-        "AGENT_DISPATCH_REPO": DISPATCH,
-        "AGENT_TARGET_REPO": TARGET,
-        "AGENT_STATE_DIR": str(folder / "state"),
-    }
+    env = github.settings(DISPATCH, TARGET, folder / "state")
     print("\n".join(f"{name}={value}" for name, value in env.items() if name.startswith("AGENT_")), "\n")
     command = [sys.executable, str(RUNNER)]
     runner = subprocess.Popen(command, env=env, cwd=folder, stderr=subprocess.STDOUT)

@@ -261,6 +261,18 @@ class StandIn:
         """The clone URL of a repository."""
         return f"{self.server_url}/{name}.git"
 
+    def settings(self, dispatch: str, target: str, state: Path) -> dict[str, str]:
+        """The whole environment of a runner that is to work here."""
+        return {
+            "PATH": os.environ["PATH"],
+            "GITHUB_TOKEN": self.token,
+            "GITHUB_API_URL": self.api_url,
+            "GITHUB_SERVER_URL": self.server_url,
+            "AGENT_DISPATCH_REPO": dispatch,
+            "AGENT_TARGET_REPO": target,
+            "AGENT_STATE_DIR": str(state),
+        }
+
     def repository(self, name: str) -> Repository:
         """The repository of that name, new or old; KeyError if there is none."""
         with self.lock:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import DISPATCH, PATCH, TARGET, FakeClock, FastClock, World
+from conftest import DISPATCH, PATCH, TARGET, Daemon, FakeClock, FastClock, World, wait_until
 from standin import Fault
 
 from runner import Runner
@@ -25,29 +23,8 @@ def sleeper(world: World, seconds: float = 600) -> str:
     return f'touch "{world.folder}/started-$AGENT_TASK_ID"; sleep {seconds}; echo x > new.txt'
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    pytest.fail("it did not come about in 30 s")
-
-
-class Daemon:
-    """A runner in a thread of its own, which a test ends."""
-
-    def __init__(self, world: World, **env: str) -> None:
-        self.runner = Runner(world.config(AGENT_POLL_INTERVAL="1", **env))
-        self.thread = threading.Thread(target=self.runner.run_forever)
-
-    def __enter__(self) -> Runner:
-        self.thread.start()
-        return self.runner
-
-    def __exit__(self, *_: object) -> None:
-        self.runner.request_stop(now=True)
-        self.thread.join(30)
-        assert not self.thread.is_alive()
+def daemon_of(world: World, **env: str) -> Daemon:
+    return Daemon(world.runner(None, AGENT_POLL_INTERVAL="1", **env))
 
 
 def test_three_hundred_issues_are_each_done_once_while_the_list_shifts(world: World) -> None:
@@ -60,13 +37,10 @@ def test_three_hundred_issues_are_each_done_once_while_the_list_shifts(world: Wo
     world.github.faults.append(
         Fault(path=".*/issues", times=15, action=lambda: world.github.close_issue(DISPATCH, next(gone)))
     )
-    runner = Runner(world.config(AGENT_POLL_INTERVAL="1", AGENT_MAX_CONCURRENT="4"))
-    thread = threading.Thread(target=runner.run_forever)
-    thread.start()
-    wait_until_slowly(lambda: runner.outcomes["done"] >= 300)
-    runner.request_stop()
-    thread.join(60)
-    assert runner.outcomes == {"done": 300}
+    with daemon_of(world, AGENT_MAX_CONCURRENT="4") as daemon:
+        wait_until(lambda: daemon.runner.outcomes["done"] >= 300, 180)
+        daemon.end(seconds=60)
+    assert daemon.runner.outcomes == {"done": 300}
     heads = [pull.head for pull in world.github.pulls(TARGET)]
     assert len(heads) == len(set(heads)) == 300
     for number in numbers:
@@ -74,18 +48,10 @@ def test_three_hundred_issues_are_each_done_once_while_the_list_shifts(world: Wo
         assert len(world.issue(number).comments) == 2
 
 
-def wait_until_slowly(condition: Callable[[], object]) -> None:
-    for _ in range(1800):
-        if condition():
-            return
-        threading.Event().wait(0.1)
-    pytest.fail("it did not come about in 180 s")
-
-
 def test_the_oldest_issues_come_first_and_only_so_many_at_once(world: World) -> None:
     for number in range(1, 6):
         world.open(patch(number))
-    with Daemon(world, AGENT_COMMAND=sleeper(world), AGENT_SHELL="1", AGENT_MAX_CONCURRENT="2"):
+    with daemon_of(world, AGENT_COMMAND=sleeper(world), AGENT_SHELL="1", AGENT_MAX_CONCURRENT="2"):
         wait_until(lambda: len(list(world.folder.glob("started-*"))) == 2)
         assert world.labels(1) == world.labels(2) == ["agent-processing", "copilot-agent"]
         assert world.labels(3) == ["copilot-agent"]
@@ -95,37 +61,27 @@ def test_the_oldest_issues_come_first_and_only_so_many_at_once(world: World) -> 
 def test_a_free_worker_takes_the_next_issue_without_another_poll(world: World) -> None:
     for number in range(3):
         world.open(patch(number))
-    world.env["AGENT_POLL_INTERVAL"] = "3600"
-    runner = Runner(world.config())
-    thread = threading.Thread(target=runner.run_forever)
-    thread.start()
-    wait_until(lambda: runner.outcomes["done"] == 3)
-    runner.request_stop()
-    thread.join(30)
+    with Daemon(world.runner(AGENT_POLL_INTERVAL="3600")) as daemon:
+        wait_until(lambda: daemon.runner.outcomes["done"] == 3)
+        daemon.end()
     assert len(world.requests("GET", "/issues")) == 1 + 3  # the list, and each issue
 
 
 def test_a_request_to_poll_is_followed_at_once(world: World) -> None:
-    world.env["AGENT_POLL_INTERVAL"] = "3600"
-    runner = Runner(world.config())
-    thread = threading.Thread(target=runner.run_forever)
-    thread.start()
-    wait_until(lambda: world.requests())
-    world.open(PATCH)
-    runner.request_poll()
-    wait_until(lambda: runner.outcomes["done"] == 1)
-    runner.request_stop()
-    thread.join(30)
+    with Daemon(world.runner(AGENT_POLL_INTERVAL="3600")) as daemon:
+        wait_until(lambda: world.requests())
+        world.open(PATCH)
+        daemon.runner.request_poll()
+        wait_until(lambda: daemon.runner.outcomes["done"] == 1)
+        daemon.end()
 
 
 def test_stopping_lets_work_finish_and_takes_no_more(world: World) -> None:
     for number in (1, 2):
         world.open(patch(number))
-    daemon = Daemon(world, AGENT_COMMAND=sleeper(world, 1), AGENT_SHELL="1")
-    daemon.thread.start()
-    wait_until((world.folder / "started-t1").exists)
-    daemon.runner.request_stop()
-    daemon.thread.join(30)
+    with daemon_of(world, AGENT_COMMAND=sleeper(world, 1), AGENT_SHELL="1") as daemon:
+        wait_until((world.folder / "started-t1").exists)
+        daemon.end()
     assert daemon.runner.outcomes == {"done": 1}
     assert world.labels(1) == ["agent-done", "copilot-agent"]
     assert world.labels(2) == ["copilot-agent"]
@@ -135,13 +91,10 @@ def test_stopping_lets_work_finish_and_takes_no_more(world: World) -> None:
 def test_work_that_does_not_finish_in_time_is_ended_and_queued_again(world: World, drain: str, again: bool) -> None:
     world.open(patch(1))
     env = {"AGENT_DRAIN_SECONDS": drain, "AGENT_SHELL": "1", "AGENT_COMMAND": sleeper(world)}
-    daemon = Daemon(world, **env)
-    daemon.thread.start()
-    wait_until((world.folder / "started-t1").exists)
-    daemon.runner.request_stop()
-    if again:
-        daemon.runner.request_stop(now=True)
-    daemon.thread.join(30)
+    with daemon_of(world, **env) as daemon:
+        wait_until((world.folder / "started-t1").exists)
+        daemon.runner.request_stop()
+        daemon.end(now=again)
     assert daemon.runner.outcomes == {"stopped": 1}
     assert world.labels(1) == ["copilot-agent"]
     assert "The runner was stopped" in world.last_comment(1)
@@ -152,12 +105,10 @@ def test_work_that_does_not_finish_in_time_is_ended_and_queued_again(world: Worl
 
 def test_stopping_while_github_is_away_ends_soon(world: World) -> None:
     world.open(patch(1))
-    daemon = Daemon(world, AGENT_COMMAND=sleeper(world, 1), AGENT_SHELL="1")
-    daemon.thread.start()
-    wait_until((world.folder / "started-t1").exists)
-    world.github.stop()
-    daemon.runner.request_stop()
-    daemon.thread.join(30)
+    with daemon_of(world, AGENT_COMMAND=sleeper(world, 1), AGENT_SHELL="1") as daemon:
+        wait_until((world.folder / "started-t1").exists)
+        world.github.stop()
+        daemon.end()
     assert daemon.runner.outcomes == {"stopped": 1}
 
 
@@ -165,31 +116,26 @@ def test_stopping_while_github_is_away_ends_soon(world: World) -> None:
 def test_one_fault_while_stopping_leaves_no_label_behind(world: World, fault: dict[str, str]) -> None:
     world.open(patch(1))
     env = {"AGENT_DRAIN_SECONDS": "0", "AGENT_SHELL": "1", "AGENT_COMMAND": sleeper(world)}
-    daemon = Daemon(world, **env)
-    daemon.thread.start()
-    wait_until((world.folder / "started-t1").exists)
-    world.github.faults += [Fault(method=m, **fault) for m in ("PATCH", "DELETE")]  # type: ignore[arg-type]
-    daemon.runner.request_stop()
-    daemon.thread.join(30)
+    with daemon_of(world, **env) as daemon:
+        wait_until((world.folder / "started-t1").exists)
+        world.github.faults += [Fault(method=m, **fault) for m in ("PATCH", "DELETE")]  # type: ignore[arg-type]
+        daemon.end()
     assert world.labels(1) == ["copilot-agent"]
 
 
 def test_being_told_to_stop_now_ends_git_too(world: World) -> None:
     world.open(patch(1))
     world.github.faults.append(Fault(kind="git", delay=30, times=None))
-    daemon = Daemon(world)
-    daemon.thread.start()
-    wait_until(lambda: any(request.kind == "git" for request in world.github.log))
-    daemon.runner.request_stop(now=True)
-    daemon.thread.join(20)
-    assert not daemon.thread.is_alive()
+    with daemon_of(world) as daemon:
+        wait_until(lambda: any(request.kind == "git" for request in world.github.log))
+        daemon.end(now=True, seconds=20)
     assert daemon.runner.outcomes == {"stopped": 1}
     assert world.github.pulls(TARGET) == []
 
 
 def test_a_failed_poll_is_repeated_less_and_less_soon(world: World) -> None:
     clock = FakeClock()
-    runner = Runner(world.config(), clock)
+    runner = world.runner(clock)
     world.github.faults.append(Fault(path=".*/issues", status=502, times=8))
     times = []
     for _ in range(9):
@@ -201,7 +147,7 @@ def test_a_failed_poll_is_repeated_less_and_less_soon(world: World) -> None:
 
 
 def test_a_poll_that_is_refused_is_told_with_what_to_do(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    Runner(world.config(GITHUB_TOKEN="ghp_wrong"), FakeClock()).tick()
+    world.runner(FakeClock(), GITHUB_TOKEN="ghp_wrong").tick()
     assert "answered 401" in caplog.text
     assert "check GITHUB_TOKEN" in caplog.text
 
@@ -219,12 +165,9 @@ def test_a_fault_in_a_tick_does_not_end_the_daemon(
 
     monkeypatch.setattr(Runner, "_admit", faulty)
     world.open(PATCH)
-    runner = Runner(world.config(AGENT_POLL_INTERVAL="1"), FastClock())
-    thread = threading.Thread(target=runner.run_forever)
-    thread.start()
-    wait_until(lambda: runner.outcomes["done"] == 1)
-    runner.request_stop()
-    thread.join(30)
+    with Daemon(world.runner(FastClock(), AGENT_POLL_INTERVAL="1")) as daemon:
+        wait_until(lambda: daemon.runner.outcomes["done"] == 1)
+        daemon.end()
     assert "a fault of the runner; it goes on" in caplog.text
 
 
@@ -240,7 +183,7 @@ def test_a_fault_in_a_worker_is_logged_and_the_task_left(
 
 def test_an_issue_that_cannot_be_read_is_tried_again_with_the_next_poll(world: World) -> None:
     world.open(PATCH)
-    runner = Runner(world.config(), FastClock())
+    runner = world.runner(FastClock())
     world.github.faults.append(Fault(path=".*/issues/1", status=500, times=None))
     runner.run_once()
     assert runner.outcomes == {"failed": 1}

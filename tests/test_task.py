@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DISPATCH, PATCH, TARGET, TASK_ID, FastClock, World
+from conftest import DISPATCH, PATCH, TARGET, TASK_ID, Daemon, FastClock, World, wait_until
 from standin import Fault
 
 from runner import Config, Runner
@@ -510,7 +510,7 @@ def test_a_plugin_does_not_have_the_token(world: World) -> None:
 
 
 def retried(world: World, code: str, **env: str) -> Runner:
-    runner = Runner(world.config(AGENT_PROCESS_TASK=plugin(world.folder, code), **env), FastClock())
+    runner = world.runner(FastClock(), AGENT_PROCESS_TASK=plugin(world.folder, code), **env)
     runner.run_once()
     return runner
 
@@ -536,7 +536,7 @@ def test_a_task_is_tried_only_so_often(world: World) -> None:
 def test_another_try_is_announced(world: World) -> None:
     world.open("Do something.")
     spec = plugin(world.folder, RETRY + "    raise runner.TaskRetry('model is busy')")
-    runner = Runner(world.config(AGENT_PROCESS_TASK=spec))
+    runner = world.runner(AGENT_PROCESS_TASK=spec)
     while not runner._again:
         runner.tick()
         runner.wake.wait(0.1)
@@ -553,7 +553,7 @@ def interrupted(world: World, fault: Fault) -> None:
     """A run that pushed its branch and ended before the rest was done."""
     world.open(dispatch_body())
     world.github.faults.append(fault)
-    runner = Runner(world.config(), FastClock())
+    runner = world.runner(FastClock())
     runner.run_once()
     world.github.faults.clear()
     for label in ("agent-processing", "agent-failed"):
@@ -604,7 +604,7 @@ def test_an_answer_that_was_lost_makes_nothing_twice(world: World) -> None:
     world.github.faults += [Fault(method=method, drop="after") for method in ("POST", "PATCH", "DELETE")]
     world.github.faults.append(Fault(kind="git", path=".*receive-pack", method="POST", drop="after"))
     world.open(dispatch_body())
-    runner = Runner(world.config(), FastClock())
+    runner = world.runner(FastClock())
     runner.run_once()
     assert runner.outcomes == {"done": 1}
     assert len(world.issue().comments) == 2
@@ -619,7 +619,7 @@ def test_a_minute_without_github_loses_no_work(world: World) -> None:
         Fault(kind="git", path=".*receive-pack", status=503, times=4),
         Fault(method="POST", path=".*/pulls", status=502, times=4),
     ]
-    runner = Runner(world.config(AGENT_COMMAND=agent(world.folder, code)), FastClock())
+    runner = world.runner(FastClock(), AGENT_COMMAND=agent(world.folder, code))
     runner.run_once()
     assert runner.outcomes == {"done": 1}
     assert runs.read_text() == "x"
@@ -705,16 +705,11 @@ def test_a_task_whose_end_could_not_be_told_is_ended_later(world: World) -> None
     world.open("No patch.")
     comments = Fault(method="POST", path=".*/issues/1/comments", status=502, after=1, times=None)
     world.github.faults.append(comments)
-    runner = Runner(world.config(), FastClock())
-    thread = threading.Thread(target=runner.run_forever)
-    thread.start()
-    while not any(attempt.faults for attempt in [*runner._again]):
-        threading.Event().wait(0.05)
-    world.github.faults.clear()
-    while not runner.outcomes:
-        threading.Event().wait(0.05)
-    runner.request_stop()
-    thread.join(30)
+    with Daemon(world.runner(FastClock())) as daemon:
+        wait_until(lambda: any(attempt.faults for attempt in [*daemon.runner._again]))
+        world.github.faults.clear()
+        wait_until(lambda: daemon.runner.outcomes)
+        daemon.end()
     assert world.labels() == ["agent-failed", "copilot-agent"]
     assert "no ```diff" in world.last_comment()
 
@@ -723,15 +718,11 @@ def test_the_end_is_told_once_although_the_labels_took_long(world: World) -> Non
     world.open(dispatch_body())
     labels = Fault(method="POST", path=".*/issues/1/labels", status=502, after=1, times=11)
     world.github.faults.append(labels)
-    runner = Runner(world.config(), FastClock())
-    thread = threading.Thread(target=runner.run_forever)
-    thread.start()
-    while not runner.outcomes:
-        threading.Event().wait(0.05)
-    runner.request_stop()
-    thread.join(30)
+    with Daemon(world.runner(FastClock())) as daemon:
+        wait_until(lambda: daemon.runner.outcomes)
+        daemon.end()
     assert labels.seen > 12
-    assert runner.outcomes["done"] == 1
+    assert daemon.runner.outcomes["done"] == 1
     assert len([c for c in world.issue().comments if c.body.startswith("Done")]) == 1
 
 
