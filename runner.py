@@ -315,7 +315,7 @@ class Config:
 # -- each of which takes time in proportion to the length of its text. -----------------------------
 
 METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
-FENCE = re.compile(
+FENCE = re.compile(  # https://spec.commonmark.org/0.31.2/#fenced-code-blocks; without `close` it never closes
     r"^ {0,3}(?P<mark>(?P<tick>`)`{2,}+(?![^\n]*`)|~{3,}+)[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|\Z)"
     r"(?P<inside>[\s\S]*?)(?:(?P<close>^ {0,3}(?P=mark)(?(tick)`*|~*)[^\S\n]*(?:\n|\Z))|\Z)",
     re.MULTILINE,
@@ -365,34 +365,10 @@ class Task:
         return f"{self.dispatch_repo}#{self.number}"
 
 
-class Fence(NamedTuple):
-    """A code fence in Markdown: offsets into its text; `close` and `end` are -1 if it never closes."""
-
-    mark: str
-    language: str
-    start: int
-    inside: int
-    close: int
-    end: int
-
-
-def scan_fences(text: str) -> list[Fence]:
-    """The code fences of a text: https://spec.commonmark.org/0.31.2/#fenced-code-blocks"""
-    return [
-        Fence(m["mark"], m["language"].lower(), m.start(), m.start("inside"), m.start("close"), m.end("close"))
-        for m in FENCE.finditer(text)
-    ]
-
-
 def outside_fences(text: str) -> str:
     """The text with its code fences blanked; offsets and lines stay where they are. A fence that never closes is left
     as it is, unlike in CommonMark: one stray ``` in an instruction must not hide the metadata that follows it."""
-    parts, at = [], 0
-    for fence in scan_fences(text):
-        if fence.end >= 0:
-            parts += [text[at : fence.start], re.sub(r"[^\n]", " ", text[fence.start : fence.end])]
-            at = fence.end
-    return "".join([*parts, text[at:]])
+    return FENCE.sub(lambda fence: fence[0] if fence["close"] is None else re.sub(r"[^\n]", " ", fence[0]), text)
 
 
 def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
@@ -586,7 +562,7 @@ def harmless(markdown: str, limit: int = 4_000) -> str:
     """Foreign Markdown, cut to a limit, without comments that hide or forge, and with its fences closed."""
     short = re.sub(r"(`{200})`+|(~{200})~+", r"\1\2", printable(markdown).replace("<!--", "&lt;!--"))
     text = cut(short.strip(), limit - 200)
-    return "\n".join([text, *(fence.mark for fence in scan_fences(text) if fence.end < 0)])
+    return "\n".join([text, *(fence["mark"] for fence in FENCE.finditer(text) if fence["close"] is None)])
 
 
 def table(rows: Mapping[str, str]) -> str:
@@ -1365,13 +1341,13 @@ def process_task(work: Work) -> tuple[str, str]:
 
 def process_patch(work: Work) -> tuple[str, str]:
     """Applies the instruction's ```diff and ```patch blocks, all of them or none."""
-    text = work.task.instruction
-    fences = [f for f in scan_fences(text) if f.language in ("diff", "patch") and f.end >= 0]
-    if not fences:
+    fences = [fence for fence in FENCE.finditer(work.task.instruction) if fence["close"] is not None]
+    patches = [fence["inside"] for fence in fences if fence["language"].lower() in ("diff", "patch")]
+    if not patches:
         why = "The instruction holds no ```diff or ```patch block, and this runner applies patches."
         raise TaskFailed(why, "Add one, or let the runner's owner set AGENT_COMMAND to a coding agent.")
     try:
-        work.checkout.apply("".join(text[fence.inside : fence.close] for fence in fences))
+        work.checkout.apply("".join(patches))
     except GitFailed as failure:
         advice = f"Make it against the newest commit of {code(work.checkout.workspace.base)}."
         raise TaskFailed("The patch does not apply.", advice, failure.output) from None

@@ -19,7 +19,7 @@ from conftest import RUNNER, World, issue_json, make_config
 from dotenv import dotenv_values
 
 import runner
-from runner import Config, Workspace, call_plugin, load_plugin, parse_task, scan_fences
+from runner import FENCE, Config, Workspace, call_plugin, load_plugin, parse_task
 
 ROOT = RUNNER.parent
 README = ROOT / "README.md"
@@ -36,8 +36,7 @@ def read(page: Path) -> str:
 
 def fences(page: Path, language: str) -> list[str]:
     """The contents of a page's code blocks in one language."""
-    text = read(page)
-    return [text[f.inside : f.close] for f in scan_fences(text) if f.language == language]
+    return [fence["inside"] for fence in FENCE.finditer(read(page)) if fence["language"] == language]
 
 
 def table(page: Path, heading: str) -> dict[str, list[str]]:

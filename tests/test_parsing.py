@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runner import (
+    FENCE,
     MAX_METADATA,
     Config,
     Task,
@@ -27,7 +28,6 @@ from runner import (
     parse_task,
     pull_body,
     safe_slug,
-    scan_fences,
 )
 
 CONFIG = make_config({"AGENT_ALLOWED_TARGETS": f"{TARGET},acme/gadgets"})
@@ -673,7 +673,7 @@ def has_metadata_of_its_own(text: str) -> bool:
 
 
 @relaxed
-@given(odd_text.filter(lambda text: not has_metadata_of_its_own(text) and not scan_fences(text)), metadatas)
+@given(odd_text.filter(lambda text: not has_metadata_of_its_own(text) and not FENCE.search(text)), metadatas)
 @example("```x```\nA line of code, then a fence:\n\n    ```", {})
 def test_an_instruction_comes_back_as_it_was_written(instruction: str, metadata: dict[str, Any]) -> None:
     metadata = {**metadata, "task_id": "t"}
@@ -728,9 +728,9 @@ def test_fences_are_told_as_commonmark_tells_them(text: str, shown: str) -> None
 
 def test_a_fence_knows_its_language_and_its_inside() -> None:
     text = "Apply:\n``` Diff  hunk\n+a\n```\n"
-    (fence,) = scan_fences(text)
-    assert (fence.language, text[fence.inside : fence.close]) == ("diff", "+a\n")
+    (fence,) = FENCE.finditer(text)
+    assert (fence["language"], fence["inside"]) == ("Diff", "+a\n")
 
 
 def test_code_in_a_line_of_three_backticks_does_not_hide_a_patch() -> None:
-    assert [fence.language for fence in scan_fences("```npm test```\n\n```diff\n+a\n```\n")] == ["diff"]
+    assert [fence["language"] for fence in FENCE.finditer("```npm test```\n\n```diff\n+a\n```\n")] == ["diff"]

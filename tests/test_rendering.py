@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runner import (
+    FENCE,
     MAX_METADATA,
     Task,
     blocks,
@@ -31,7 +32,6 @@ from runner import (
     pull_body,
     pull_title,
     render_comment,
-    scan_fences,
     step_marker,
     table,
 )
@@ -120,7 +120,7 @@ def test_a_long_summary_is_cut_with_a_note() -> None:
 @example("~~~~\n```", "````")
 def test_nothing_in_a_summary_swallows_what_follows(summary: str, stat: str) -> None:
     shown = outside_fences(pull_body(make_task(), "main", summary, stat, "r1"))
-    assert all(fence.end >= 0 for fence in scan_fences(shown))
+    assert all(fence["close"] is not None for fence in FENCE.finditer(shown))
     assert "\n### Changes\n" in shown
     assert f"\n| Task | `{TASK_ID}` |\n" in shown
     assert shown.endswith(f"\nFixes acme/dispatch#7\n\n{step_marker('r1', 'pull')}")
@@ -192,9 +192,9 @@ def test_metadata_that_would_not_fit_is_left_out_whole() -> None:
 
 def output_in(fold: str) -> str:
     """What stands in the fold's code fence."""
-    (fence,) = scan_fences(fold)
-    assert fence.end >= 0
-    return fold[fence.inside : fence.close]
+    (fence,) = FENCE.finditer(fold)
+    assert fence["close"] is not None
+    return fence["inside"]
 
 
 def test_the_last_fifty_lines_are_kept() -> None:
@@ -283,9 +283,10 @@ def test_a_fence_is_longer_than_any_run_of_backticks_inside(text: str) -> None:
 @given(odd_text)
 def test_text_comes_out_of_its_fence_unchanged(text: str) -> None:
     whole = fenced(text)
-    (fence,) = scan_fences(whole)
-    assert whole[fence.inside : fence.close - 1] == text
-    assert fence.end == len(whole)
+    (fence,) = FENCE.finditer(whole)
+    assert fence["inside"] == f"{text}\n"
+    assert fence["close"] is not None
+    assert fence.end() == len(whole)
 
 
 @pytest.mark.parametrize("size", [101, 250, 12_345])

@@ -175,6 +175,12 @@ def test_the_default_branch_is_named_when_a_base_is_missing(world: World) -> Non
     assert "default branch is `main`" in failed(world)
 
 
+def test_a_patch_is_known_in_upper_case_too(world: World) -> None:
+    world.open(dispatch_body(PATCH.replace("```diff", "``` Patch README")))
+    world.run_once()
+    assert world.labels() == ["agent-done", "copilot-agent"]
+
+
 def test_gits_reason_is_shown_when_a_patch_does_not_apply(world: World) -> None:
     world.open(dispatch_body(PATCH.replace("# Widgets", "# Gadgets")))
     world.run_once()
