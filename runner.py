@@ -321,10 +321,10 @@ FENCE = re.compile(  # https://spec.commonmark.org/0.31.2/#fenced-code-blocks; w
     re.MULTILINE,
 )
 KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
-INSTRUCTION_HEADING = re.compile(r"#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*", re.IGNORECASE)
+INSTRUCTION_HEADING = re.compile(r"^#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*$", re.I | re.M)
 SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-CONTROLS = {code: None for code in (*range(32), 127) if chr(code) not in "\n\t"}
+ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
+UNPRINTABLE = re.compile(ESCAPES + r"|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -374,17 +374,14 @@ def outside_fences(text: str) -> str:
 def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
     """The `agent_task_metadata` comments outside fences: (start, end, content or None). `-->` in JSON ends none."""
     plain, found, at = outside_fences(text), [], 0
-    while match := METADATA_START.search(plain, at):
-        start, content, at = match.end(), None, plain.find("-->", match.end()) + len("-->")
-        if at < len("-->"):
-            break
+    while (match := METADATA_START.search(plain, at)) and (close := plain.find("-->", match.end())) >= 0:
+        start, content, at = match.end(), None, close + len("-->")
         with contextlib.suppress(ValueError, RecursionError):
             value, end = json.JSONDecoder().raw_decode(text, start)
             nested = text.count("{", start, end) + text.count("[", start, end)
-            if nested <= MAX_NESTED and (close := re.compile(r"\s*-->").match(text, end)):
-                content, at = value, close.end()
-        inner = METADATA_START.search(plain, start, at) if content is None else None
-        if inner:  # a comment that was begun and never ended
+            if nested <= MAX_NESTED and (ended := re.compile(r"\s*-->").match(text, end)):
+                content, at = value, ended.end()
+        if content is None and (inner := METADATA_START.search(plain, start, at)):  # one was begun and never ended
             at = inner.start()
         else:
             found.append((match.start(), at, content))
@@ -404,14 +401,11 @@ def key_lines(text: str) -> dict[str, str]:
 def find_instruction(body: str, title: str) -> str:
     """The text after the `## Instruction(s)` heading, else the body, else the title. It runs to the end of the body,
     since an instruction may hold headings of its own; the metadata in either form does not belong to it."""
-    kept, offset = [], 0
-    for line, plain in zip(body.split("\n"), outside_fences(body).split("\n"), strict=True):
-        offset += len(line) + 1
-        if INSTRUCTION_HEADING.fullmatch(plain):
-            return without_metadata(body[offset:])
-        if key_lines(plain).keys() <= {"target"}:
-            kept.append(line)
-    return without_metadata("\n".join(kept)) or title
+    plain = outside_fences(body)
+    if heading := INSTRUCTION_HEADING.search(plain):
+        return without_metadata(body[heading.end() :])
+    lines = zip(body.split("\n"), plain.split("\n"), strict=True)
+    return without_metadata("\n".join(line for line, seen in lines if key_lines(seen).keys() <= {"target"})) or title
 
 
 def without_metadata(text: str) -> str:
@@ -420,9 +414,7 @@ def without_metadata(text: str) -> str:
     for start, end, _ in metadata_comments(text):
         parts.append(text[at:start])
         at = end
-    kept = "".join(parts).rstrip()
-    if re.search(r"(?:\A|\n)-{3,}\Z", kept):
-        kept = kept.rstrip("-")
+    kept = re.sub(r"^-{3,}\Z", "", "".join(parts).rstrip(), flags=re.MULTILINE)
     return (kept + text[at:]).strip()
 
 
@@ -438,9 +430,8 @@ def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config:
 
 def safe_slug(task_id: str) -> str:
     """The id itself where it may stand in a branch name, else a stable stand-in for it."""
-    if SAFE_ID.fullmatch(task_id):
-        return task_id
-    return "x" + hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    stand_in = "x" + hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return task_id if SAFE_ID.fullmatch(task_id) else stand_in
 
 
 def encodable(text: object) -> str:
@@ -523,7 +514,7 @@ def step_marker(run: str, step: str) -> str:
 
 def printable(text: str) -> str:
     """The text without terminal escapes and control characters."""
-    return ESCAPES.sub("", text).translate(CONTROLS)
+    return UNPRINTABLE.sub("", text)
 
 
 def code(text: str) -> str:
@@ -546,16 +537,12 @@ def cut(text: str, limit: int) -> str:
     return f"{text[:kept]}\n\n… ({len(text) - kept:,} characters more were left out)"
 
 
-def last_lines(output: str) -> str:
-    """The end of a program's output, as it may be shown."""
-    lines = printable(output.replace("\r\n", "\n").replace("\r", "\n")).rstrip().split("\n")
-    return "\n".join(line if len(line) <= 500 else line[:499] + "…" for line in lines[-OUTPUT_LINES:])
-
-
 def folded_output(output: str) -> str:
     """The last lines of an agent's output in a fold, or nothing if it printed nothing."""
-    tail, summary = last_lines(output), f"<summary>Last {OUTPUT_LINES} lines of output</summary>"
-    return f"<details>{summary}\n\n{fenced(tail)}\n\n</details>" if tail.strip() else ""
+    lines = printable(re.sub(r"\r\n?", "\n", output)).rstrip().split("\n")[-OUTPUT_LINES:]
+    shown = fenced("\n".join(line if len(line) <= 500 else line[:499] + "…" for line in lines))
+    summary = f"<summary>Last {OUTPUT_LINES} lines of output</summary>"
+    return f"<details>{summary}\n\n{shown}\n\n</details>" if any(map(str.strip, lines)) else ""
 
 
 def harmless(markdown: str, limit: int = 4_000) -> str:
@@ -1831,7 +1818,7 @@ def check_agent(config: Config) -> str:
         env = {name: config.env[name] for name in ("PATH", *config.agent_env) if name in config.env}
         done = run_process(plugin_command(config), cwd=Path("/"), env=env, timeout=60, merged=True)
         if done.code:
-            said = (last_lines(done.output) or done.ended or f"status {done.code}").splitlines()[-1]
+            said = printable((done.output.strip() or done.ended or f"status {done.code}").splitlines()[-1])
             why = f"process_task: {config.process_task}: {said}"
             raise TaskFailed(why, "Mend the plug-in, or AGENT_PROCESS_TASK.")
     return f"process_task: {config.process_task}"
