@@ -133,6 +133,7 @@ class GitFailed(RunnerError):
 # -- Configuration: environment variables in, one frozen value out. --------------------------------
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,100}(?<!\.git)")
+ADDRESS = re.compile(r"https?://(?:[^\s@/?#:\[\]]+|\[[\da-f:.]+\])(?::[1-9]\d{0,4})?(?:/[^\s?#]*)?", re.I)
 
 
 class Secret(str):
@@ -167,11 +168,6 @@ def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = s
     return parse
 
 
-def _is_address(text: str) -> bool:
-    parts = urlsplit(text)
-    return bool(parts.scheme in ("http", "https") and parts.hostname and not parts.username and parts.port != 0)
-
-
 def _number(low: float) -> Callable[[str], Any]:
     return _must(f"be a number, {low} or more", lambda text: low <= float(text) <= 10**9, float)
 
@@ -179,7 +175,7 @@ def _number(low: float) -> Callable[[str], Any]:
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _repo = _must("look like owner/repository", REPO_NAME.fullmatch)
-_url = _must("be an http(s) address without a user name", _is_address, lambda text: text.rstrip("/"))
+_url = _must("be an http(s) address without a user name", ADDRESS.fullmatch, lambda text: text.rstrip("/"))
 _label = _must("have at most 50 characters, and no comma", lambda text: len(text) <= 50 and "," not in text)
 _flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda text: text.lower() in _YES)
 _level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
@@ -193,14 +189,13 @@ def _names(text: str) -> tuple[str, ...]:
 def _plugin(text: str) -> str:
     """A built-in's name or a plug-in's place; a file's path is made absolute."""
     place, _, function = text.rpartition(":")
-    if text in ("", "patch", "command"):
+    if text not in ("", "patch", "command") and not (place and function.isidentifier()):
+        raise ValueError(f"must be patch, command, package.module:function or path/to/file.py:function, not {text!r}")
+    if not place.endswith(".py"):
         return text
-    if not place or not function.isidentifier():
-        choice = "patch, command, package.module:function or path/to/file.py:function"
-        raise ValueError(f"must be {choice}, not {text!r}")
-    if place.endswith(".py") and not Path(place).is_file():
+    if not Path(place).is_file():
         raise ValueError(f"names the file {place!r}, which does not exist")
-    return f"{Path(place).absolute()}:{function}" if place.endswith(".py") else text
+    return f"{Path(place).absolute()}:{function}"
 
 
 @dataclass(frozen=True)
@@ -275,16 +270,11 @@ class Config:
         for name in self.agent_env:
             if name == "GITHUB_TOKEN" or (self.token and self.token in self.env.get(name, "")):
                 yield f"AGENT_ENV must not name {name}: the agent never gets the runner's token"
-        if self.process_task == "command" and self.shell and "{instruction" in self.command:
-            yield (
-                "AGENT_COMMAND must not hold {instruction} with AGENT_SHELL, for the shell would run what"
-                ' the issue says: let it read standard input or "$AGENT_TASK_FILE"'
-            )
-        elif self.process_task == "command":
-            try:
+        try:
+            if self.process_task == "command":
                 command_words(self, "", Path())
-            except ValueError as error:
-                yield f"AGENT_COMMAND {error}"
+        except ValueError as error:
+            yield f"AGENT_COMMAND {error}"
 
     def unknown(self) -> Iterator[str]:
         """A warning for each AGENT_* variable that nothing reads, with the nearest known name."""
@@ -1345,6 +1335,9 @@ def command_words(config: Config, instruction: str, instruction_file: Path) -> l
     """AGENT_COMMAND as arguments; raises ValueError("..."). The program is never looked for in the workspace."""
     if not config.command:
         raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
+    if config.shell and "{instruction" in config.command:
+        why = "must not hold {instruction} with AGENT_SHELL, for the shell would run what the issue says"
+        raise ValueError(f'{why}: let it read standard input or "$AGENT_TASK_FILE"')
     if config.shell:
         return ["/bin/sh", "-c", config.command]
     try:
