@@ -46,7 +46,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -1301,8 +1301,7 @@ class Checkout:
 # -- process_task: what changes the files. Two are built in; anything else is a plug-in. -----------
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one attempt has to work with. `stop` ends it early."""
 
     task: Task
@@ -1349,34 +1348,31 @@ def command_words(config: Config, instruction: str, instruction_file: Path) -> l
     if instruction.startswith("-"):
         instruction = "\n" + instruction  # it is an instruction, not an option of the agent
     values = {"{instruction}": instruction, "{instruction_file}": str(instruction_file)}
-    fill = lambda word: re.sub(r"\{instruction(_file)?\}", lambda m: values[m[0]], word)  # noqa: E731
-    return [str(Path(program).absolute()), *map(fill, words[1:])]
+    filled = [re.sub(r"\{instruction(_file)?\}", lambda hole: values[hole[0]], word) for word in words[1:]]
+    return [str(Path(program).absolute()), *filled]
 
 
 AGENT_SIDE = [f"AGENT_TASK_{name}" for name in ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")]
 AGENT_SIDE.append("AGENT_SUMMARY_FILE")
 
 
-def agent_environment(work: Work) -> dict[str, str]:
-    """All that an agent sees of the environment: an allow-list, so never the token; AGENT_ENV can add to it."""
-    config, task, folder = work.config, work.task, work.checkout.folder
-    base, summary = work.checkout.workspace.base, folder / "tmp/summary.md"
-    about = (task.task_id, folder / "task.md", task.title, task.url, task.attempt, base, summary)
-    own = dict(zip(AGENT_SIDE, map(encodable, about), strict=True))
-    own |= {"HOME": str(config.home), "TMPDIR": str(folder / "tmp")}
-    names = ("PATH", "LANG", "TERM", *config.agent_env)
-    return {name: config.env[name] for name in names if name in config.env} | own
+def allowed_environment(config: Config) -> dict[str, str]:
+    """All that an agent sees of the runner's environment: an allow-list, so never the token."""
+    return {name: config.env[name] for name in ("PATH", "LANG", "TERM", *config.agent_env) if name in config.env}
 
 
 def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished, str]:
     """Runs an agent's program in the workspace: how it ended, and what it wrote to $AGENT_SUMMARY_FILE. Raises
     TaskFailed if it cannot be started or takes too long, Stopping."""
-    folder, limit = work.checkout.folder, work.config.task_timeout
-    work.config.home.mkdir(parents=True, exist_ok=True)
-    (folder / "task.md").write_text(work.task.brief + "\n", "utf-8")
-    env, cwd = agent_environment(work), work.checkout.workspace.path
+    task, config, place, folder = work.task, work.config, work.checkout.workspace, work.checkout.folder
+    file, summary = folder / "task.md", folder / "tmp/summary.md"
+    config.home.mkdir(parents=True, exist_ok=True)
+    file.write_text(task.brief + "\n", "utf-8")
+    about = (task.task_id, file, task.title, task.url, task.attempt, place.base, summary)
+    env = allowed_environment(config) | dict(zip(AGENT_SIDE, map(encodable, about), strict=True))
+    env |= {"HOME": str(config.home), "TMPDIR": str(folder / "tmp")}
     try:
-        done = run_process(command, cwd, env, limit, stdin.encode(), work.stop, merged=True)
+        done = run_process(command, place.path, env, config.task_timeout, stdin.encode(), work.stop, merged=True)
     except OSError as error:
         advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
         raise TaskFailed(f"The agent cannot be started: {error.strerror}.", advice) from None
@@ -1384,8 +1380,8 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
         raise Stopping
     if done.ended:
         advice = "Ask for less at a time, or let the runner's owner raise AGENT_TASK_TIMEOUT."
-        raise TaskFailed(f"The agent ran out of time ({duration(limit)}).", advice, done.output)
-    return done, read_regular(folder / "tmp/summary.md")
+        raise TaskFailed(f"The agent ran out of time ({duration(config.task_timeout)}).", advice, done.output)
+    return done, read_regular(summary)
 
 
 def process_command(work: Work) -> tuple[str, str]:
@@ -1408,24 +1404,21 @@ def read_regular(path: Path) -> str:
 
 
 BUILT_IN = {"patch": process_patch, "command": process_command}
+PLUGIN_COMMAND = [sys.executable, str(Path(__file__).absolute()), "--plugin"]  # starts `serve_plugin`
 PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
 
 
 def process_plugin(work: Work) -> tuple[str, str]:
     """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
-    order = {"task": asdict(work.task), **asdict(work.checkout.workspace)}
-    done, text = run_agent(work, plugin_command(work.config), json.dumps(order, default=str))
+    order = {"task": vars(work.task), **vars(work.checkout.workspace)}
+    command = [*PLUGIN_COMMAND, work.config.process_task]
+    done, text = run_agent(work, command, json.dumps(order, default=str))
     if done.code == PLUGIN_CODES["retry"]:
         raise TaskRetry(text, output=done.output)
     if done.code:
         why = f"The plug-in ended with status {done.code} before it had returned."
         raise TaskFailed(text if done.code == PLUGIN_CODES["failed"] else why, output=done.output)
     return text, done.output
-
-
-def plugin_command(config: Config) -> list[str]:
-    """How this file is started again to call the plug-in: see `serve_plugin`."""
-    return [sys.executable, str(Path(__file__).absolute()), "--plugin", config.process_task]
 
 
 def serve_plugin(spec: str, order: str) -> int:
@@ -1461,10 +1454,8 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
             worked = function(dict(task.issue))
             return ("done", "") if worked else ("failed", "`process_task` says that it did not work.")
         return "done", str(function(task, workspace) or "")
-    except TaskRetry as retry:
-        return "retry", retry.why
-    except TaskFailed as failure:
-        return "failed", failure.told
+    except (TaskRetry, TaskFailed) as error:
+        return "retry" if isinstance(error, TaskRetry) else "failed", error.told
     except (Exception, SystemExit) as error:
         log.exception("the plug-in failed")
         return "failed", f"The plug-in raised {type(error).__name__}."
@@ -1808,8 +1799,8 @@ def check_machine(config: Config) -> str:
 def check_agent(config: Config) -> str:
     """A plug-in is loaded; the built-ins were looked at with the variables."""
     if config.process_task not in BUILT_IN:
-        env = {name: config.env[name] for name in ("PATH", *config.agent_env) if name in config.env}
-        done = run_process(plugin_command(config), cwd=Path("/"), env=env, timeout=60, merged=True)
+        command = [*PLUGIN_COMMAND, config.process_task]
+        done = run_process(command, cwd=Path("/"), env=allowed_environment(config), timeout=60, merged=True)
         if done.code:
             said = printable((done.output.strip() or done.ended or f"status {done.code}").splitlines()[-1])
             why = f"process_task: {config.process_task}: {said}"
