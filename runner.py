@@ -7,12 +7,10 @@
 
     GITHUB_TOKEN=... AGENT_DISPATCH_REPO=you/tasks AGENT_TARGET_REPO=you/project python runner.py
 
-The life of a task: an open issue in the dispatch repository carries the label `copilot-agent`. The
-runner labels it `agent-processing` and comments; `process_task` changes files in a clean checkout of
-the target repository; the runner commits, pushes `agent-task-<id>` and opens a pull request. Then
-the issue gets `agent-done` and a comment with the link, or `agent-failed` and one that says why.
-
-The file reads from top to bottom; a rule marks the beginning of each part.
+The life of a task: an open issue in the dispatch repository carries the label `copilot-agent`. The runner labels it
+`agent-processing` and comments; `process_task` changes files in a clean checkout of the target repository; the runner
+commits, pushes `agent-task-<id>` and opens a pull request. Then the issue gets `agent-done` and a comment with the
+link, or `agent-failed` and one that says why. The file reads from top to bottom; a rule opens each part.
 """
 
 from __future__ import annotations
@@ -78,7 +76,6 @@ GIT_TIMEOUT = 1800
 KILL_GRACE = 5
 OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
 OUTPUT_LINES = 50  # lines of it that are shown
-TRUSTED_ASSOCIATIONS = frozenset({"OWNER", "MEMBER", "COLLABORATOR"})
 LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
     "processing": ("fbca04", "The agent runner is working on this issue"),
     "done": ("0e8a16", "The agent runner has opened a pull request for this issue"),
@@ -89,8 +86,7 @@ LABELS = {  # what becomes of a task: colour and description, should the reposit
 
 
 class RunnerError(Exception):
-    """The root of everything that the runner raises on purpose. `why` is a sentence for people, `advice` says what
-    they can do about it, `output` is what a program printed, `status` an HTTP status code."""
+    """What the runner raises on purpose: `why` and `advice` for people, a program's `output`, an HTTP `status`."""
 
     def __init__(self, why: str = "", advice: str = "", output: str = "", status: int = 0) -> None:
         super().__init__(why)
@@ -301,8 +297,7 @@ class Config:
         return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in self.allowed_targets)
 
 
-# -- The task: from an issue to a value, and on to what people and programs read. Pure functions, --
-# -- each of which takes time in proportion to the length of its text. -----------------------------
+# -- The task: from an issue to a value, and on to text. Pure functions, in time linear in the text.
 
 METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
 FENCE = re.compile(  # https://spec.commonmark.org/0.31.2/#fenced-code-blocks; without `close` it never closes
@@ -319,9 +314,9 @@ UNPRINTABLE = re.compile(ESCAPES + r"|[\x00-\x08\x0b-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Task:
-    """One dispatch issue, understood. What `process_task` gets. `metadata` is what came in and goes back unchanged,
-    `slug` a form of its `task_id` that is safe in a branch name, `base` the branch to start from ("" is the default
-    one), `context` what the issue is about ("issue acme/widgets#42") or "", `issue` GitHub's own JSON."""
+    """One dispatch issue, understood; what `process_task` gets. `metadata` goes back as it came in, `slug` is its
+    `task_id` made safe for a branch name, `base` the branch to start from or "" for the default one, `context` what
+    the issue is about ("issue acme/widgets#42") or "", `issue` GitHub's own JSON."""
 
     number: int
     dispatch_repo: str
@@ -434,7 +429,7 @@ def is_trusted(issue: Mapping[str, Any], config: Config) -> bool:
     https://docs.github.com/graphql/reference/enums#commentauthorassociation"""
     login = str((issue.get("user") or {}).get("login", "")).lower()
     listed = login in (name.lower() for name in config.allowed_authors)
-    return listed or issue.get("author_association") in TRUSTED_ASSOCIATIONS
+    return listed or issue.get("author_association") in ("OWNER", "MEMBER", "COLLABORATOR")
 
 
 def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Task:
@@ -1771,12 +1766,9 @@ class Runner:
 
 # -- The command line. -----------------------------------------------------------------------------
 
-EPILOG = """\
-Everything else is set by environment variables, or in a file .env in the current folder; README.md
-lists them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one
-ends it now, SIGHUP looks for work at once. Exit codes: 0 all well, 1 something failed, 2 set up
-wrongly.
-"""
+EPILOG = """Everything else is set by environment variables, or in a file .env in the current folder; README.md lists
+them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one ends it now, SIGHUP looks
+for work at once. Exit codes: 0 all well, 1 something failed, 2 set up wrongly."""
 
 
 def check_machine(config: Config) -> str:
@@ -1850,8 +1842,9 @@ class _Format(logging.Formatter):
         return self._config.masked(super().format(record))
 
 
-def watch_signals(runner: Runner) -> None:
-    """SIGTERM and SIGINT stop the runner, a second one at once; SIGHUP has it look for work."""
+def run(config: Config, once: bool, issue: int | None) -> int:
+    """The daemon, or one round of it; the exit code."""
+    runner = Runner(config)
 
     def act(number: int, _frame: object) -> None:
         # In a thread: the handler may have interrupted the holder of the lock that Event.set takes.
@@ -1860,12 +1853,6 @@ def watch_signals(runner: Runner) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, act)
-
-
-def run(config: Config, once: bool, issue: int | None) -> int:
-    """The daemon, or one round of it; the exit code."""
-    runner = Runner(config)
-    watch_signals(runner)
     try:
         check_machine(config)
         check_agent(config)
@@ -1888,8 +1875,7 @@ def run(config: Config, once: bool, issue: int | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     about = "Turns labelled GitHub issues into pull requests with the agent of your choice."
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, epilog=EPILOG, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=about, epilog=EPILOG)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
     how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
@@ -1902,9 +1888,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Read, not loaded: what is in .env must not get into the environment that others inherit.
         file = dotenv_values(Path.cwd() / ".env", interpolate=False)
-        env = {name: value or "" for name, value in file.items()}
-        env |= {name: value for name, value in os.environ.items() if value or name not in env}
-        config = Config.from_env(env)
+        env = {name: os.environ.get(name) or value or "" for name, value in file.items()}
+        config = Config.from_env({**os.environ, **env})
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         print(error if isinstance(error, ConfigError) else f"cannot read .env: {error}", file=sys.stderr)
         return 2
