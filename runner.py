@@ -164,10 +164,6 @@ def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = s
     return parse
 
 
-def _number(low: float) -> Callable[[str], Any]:
-    return _must(f"be a number, {low} or more", lambda text: low <= float(text) <= 10**9, float)
-
-
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _repo = _must("look like owner/repository", REPO_NAME.fullmatch)
@@ -175,6 +171,8 @@ _url = _must("be an http(s) address without a user name", ADDRESS.fullmatch, lam
 _label = _must("have at most 50 characters, and no comma", lambda text: len(text) <= 50 and "," not in text)
 _flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda text: text.lower() in _YES)
 _level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
+_from_0 = _must("be a number, 0 or more", lambda text: 0 <= float(text) <= 10**9, float)
+_from_1 = _must("be a number, 1 or more", lambda text: 1 <= float(text) <= 10**9, float)
 _count = _must("be a whole number, 1 or more", lambda text: 1 <= int(text) <= 10**9, int)
 
 
@@ -210,15 +208,15 @@ class Config:
     processing_label: str = _variable("AGENT_PROCESSED_LABEL", _label, "agent-processing")
     done_label: str = _variable("AGENT_DONE_LABEL", _label, "agent-done")
     failed_label: str = _variable("AGENT_FAILED_LABEL", _label, "agent-failed")
-    poll_interval: float = _variable("AGENT_POLL_INTERVAL", _number(1), "60")
+    poll_interval: float = _variable("AGENT_POLL_INTERVAL", _from_1, "60")
     process_task: str = _variable("AGENT_PROCESS_TASK", _plugin)
     command: str = _variable("AGENT_COMMAND", str)
     shell: bool = _variable("AGENT_SHELL", _flag, "no")
-    task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _number(1), "1800")
+    task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _from_1, "1800")
     max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _count, "3")
     max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _count, "1")
-    drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _number(0), "30")
-    write_interval: float = _variable("AGENT_WRITE_INTERVAL", _number(0), "1")
+    drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _from_0, "30")
+    write_interval: float = _variable("AGENT_WRITE_INTERVAL", _from_0, "1")
     state_dir: Path = _variable("AGENT_STATE_DIR", lambda text: Path(text).absolute(), ".agent-runner")
     home: Path = _variable("AGENT_HOME", lambda text: Path(text).absolute() if text else None)
     agent_env: tuple[str, ...] = _variable("AGENT_ENV", _names)
@@ -309,7 +307,7 @@ KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|targ
 INSTRUCTION_HEADING = re.compile(r"^#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*$", re.I | re.M)
 SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
-UNPRINTABLE = re.compile(ESCAPES + r"|[\x00-\x08\x0b-\x1f\x7f]")
+printable = functools.partial(re.compile(ESCAPES + r"|[\x00-\x08\x0b-\x1f\x7f]").sub, "")  # leaves text without these
 
 
 @dataclass(frozen=True)
@@ -356,21 +354,24 @@ def outside_fences(text: str) -> str:
     return FENCE.sub(lambda fence: fence[0] if fence["close"] is None else re.sub(r"[^\n]", " ", fence[0]), text)
 
 
-def metadata_comments(text: str) -> list[tuple[int, int, dict[str, Any] | None]]:
-    """The `agent_task_metadata` comments outside fences: (start, end, content or None). `-->` in JSON ends none."""
-    plain, found, at = outside_fences(text), [], 0
+def split_metadata(text: str) -> tuple[str, dict[str, Any] | None]:
+    """The text less its `agent_task_metadata` comments outside fences and the rule (`---`) that sets them off; and what
+    the last valid one holds. A `-->` in JSON ends none."""
+    plain, parts, content, kept, at = outside_fences(text), [], None, 0, 0
     while (match := METADATA_START.search(plain, at)) and (close := plain.find("-->", match.end())) >= 0:
-        start, content, at = match.end(), None, close + len("-->")
+        start, valid, at = match.end(), False, close + len("-->")
         with contextlib.suppress(ValueError, RecursionError):
             value, end = json.JSONDecoder().raw_decode(text, start)
             nested = text.count("{", start, end) + text.count("[", start, end)
             if nested <= MAX_NESTED and (ended := re.compile(r"\s*-->").match(text, end)):
-                content, at = value, ended.end()
-        if content is None and (inner := METADATA_START.search(plain, start, at)):  # one was begun and never ended
+                content, valid, at = value, True, ended.end()
+        if not valid and (inner := METADATA_START.search(plain, start, at)):  # one was begun and never ended
             at = inner.start()
         else:
-            found.append((match.start(), at, content))
-    return found
+            parts.append(text[kept : match.start()])
+            kept = at
+    before = re.sub(r"^-{3,}\Z", "", "".join(parts).rstrip(), flags=re.MULTILINE)
+    return (before + text[kept:]).strip(), content
 
 
 def key_lines(text: str) -> dict[str, str]:
@@ -388,19 +389,10 @@ def find_instruction(body: str, title: str) -> str:
     since an instruction may hold headings of its own; the metadata in either form does not belong to it."""
     plain = outside_fences(body)
     if heading := INSTRUCTION_HEADING.search(plain):
-        return without_metadata(body[heading.end() :])
+        return split_metadata(body[heading.end() :])[0]
     lines = zip(body.split("\n"), plain.split("\n"), strict=True)
-    return without_metadata("\n".join(line for line, seen in lines if key_lines(seen).keys() <= {"target"})) or title
-
-
-def without_metadata(text: str) -> str:
-    """The text less its metadata comments and the rule (`---`) that sets them off."""
-    parts, at = [], 0
-    for start, end, _ in metadata_comments(text):
-        parts.append(text[at:start])
-        at = end
-    kept = re.sub(r"^-{3,}\Z", "", "".join(parts).rstrip(), flags=re.MULTILINE)
-    return (kept + text[at:]).strip()
+    kept = "\n".join(line for line, seen in lines if key_lines(seen).keys() <= {"target"})
+    return split_metadata(kept)[0] or title
 
 
 def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config: Config) -> str:
@@ -438,9 +430,9 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
     title = " ".join(encodable(issue.get("title")).split())
     trusted = is_trusted(issue, config)
     lines = key_lines(body) if trusted else {}
-    metadata: Mapping[str, Any] = {key: lines[key] for key in ("task_id", "user_id") if lines.get(key)}
-    for _, _, content in metadata_comments(body) if trusted else ():
-        metadata = metadata if content is None else content
+    metadata = split_metadata(body)[1] if trusted else None
+    if metadata is None:
+        metadata = {key: lines[key] for key in ("task_id", "user_id") if lines.get(key)}
     if metadata.get("task_id") in (None, "") or isinstance(metadata["task_id"], dict | list):
         metadata = {**metadata, "task_id": f"issue-{issue['number']}"}
     return Task(
@@ -495,11 +487,6 @@ def metadata_comment(metadata: Mapping[str, Any]) -> str:
 def step_marker(run: str, step: str) -> str:
     """A hidden comment by which what was written with an answer that was lost is found again."""
     return f"<!-- agent-runner run={run} step={step} -->"
-
-
-def printable(text: str) -> str:
-    """The text without terminal escapes and control characters."""
-    return UNPRINTABLE.sub("", text)
 
 
 def code(text: str) -> str:
@@ -590,8 +577,7 @@ def commit_message(task: Task, run: str) -> str:
 ADVICE = {
     401: "The runner's owner should check GITHUB_TOKEN: it is wrong, expired or revoked.",
     403: "The runner's owner should check what the token may do; README.md lists the permissions.",
-    404: "The runner's owner should check the name, and that the token may see it: GitHub answers 404"
-    " for what a token may not see.",
+    404: "The runner's owner should check the name. GitHub also answers 404 for what the token may not see.",
 }
 
 
@@ -612,9 +598,8 @@ def is_limit(status: int, headers: Mapping[str, str], text: str) -> bool:
 
 
 def limit_pause(headers: Mapping[str, str], streak: int) -> float:
-    """Seconds for which nothing may be sent after a limit was met, `streak` of them in a row before.
-    https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#handle-rate-limit-errors-appropriately
-    """
+    """Seconds for which nothing may be sent after a limit was met, `streak` of them in a row before."""
+    # https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#handle-rate-limit-errors-appropriately
     now = server_time(headers)  # not this machine's clock, which may be off
     with contextlib.suppress(ValueError):
         if "retry-after" in headers:

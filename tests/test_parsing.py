@@ -23,11 +23,11 @@ from runner import (
     is_branch_name,
     is_trusted,
     metadata_comment,
-    metadata_comments,
     outside_fences,
     parse_task,
     pull_body,
     safe_slug,
+    split_metadata,
 )
 
 CONFIG = make_config({"AGENT_ALLOWED_TARGETS": f"{TARGET},acme/gadgets"})
@@ -655,8 +655,7 @@ def test_no_summary_can_forge_the_metadata_of_a_pull_request(
 @relaxed
 @given(metadatas)
 def test_the_runner_reads_its_own_metadata(metadata: dict[str, Any]) -> None:
-    ((_, _, content),) = metadata_comments(metadata_comment(metadata))
-    assert content == metadata
+    assert split_metadata(metadata_comment(metadata)) == ("", metadata)
 
 
 @relaxed
