@@ -244,8 +244,8 @@ class Config:
         values["process_task"] = values["process_task"] or ("command" if values["command"] else "patch")
         values["allowed_targets"] = values["allowed_targets"] or (values["target_repo"],)
         # No account has this address, so that no stranger's picture gets beside the commits.
-        host = urlsplit(values["server_url"]).hostname
-        values["commit_email"] = values["commit_email"] or f"agent-runner@noreply.{host}"
+        address = f"agent-runner@noreply.{urlsplit(values['server_url']).hostname}"
+        values["commit_email"] = values["commit_email"] or address
         config = cls(**values)
         if problems := [*problems, *config._contradictions()]:
             raise ConfigError("\n  - ".join(["cannot start:", *problems]))
@@ -299,9 +299,8 @@ class Config:
 
 METADATA_START = re.compile(r"<!--\s*agent_task_metadata\s*(?=\{)", re.IGNORECASE)
 FENCE = re.compile(  # https://spec.commonmark.org/0.31.2/#fenced-code-blocks; without `close` it never closes
-    r"^ {0,3}(?P<mark>(?P<tick>`)`{2,}+(?![^\n]*`)|~{3,}+)[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|\Z)"
-    r"(?P<inside>[\s\S]*?)(?:(?P<close>^ {0,3}(?P=mark)(?(tick)`*|~*)[^\S\n]*(?:\n|\Z))|\Z)",
-    re.MULTILINE,
+    r"(?m)^ {0,3}(?P<mark>(?P<tick>`)`{2,}+(?![^\n]*`)|~{3,}+)[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|\Z)"
+    r"(?P<inside>[\s\S]*?)(?:(?P<close>^ {0,3}(?P=mark)(?(tick)`*|~*)[^\S\n]*(?:\n|\Z))|\Z)"
 )
 KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
 INSTRUCTION_HEADING = re.compile(r"^#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*$", re.I | re.M)
@@ -416,19 +415,14 @@ def encodable(text: object) -> str:
     return str(text or "").replace("\0", "").encode("utf-8", "replace").decode()
 
 
-def is_trusted(issue: Mapping[str, Any], config: Config) -> bool:
-    """Whether the author may give work: of the repository's own people, or on the owner's list.
-    https://docs.github.com/graphql/reference/enums#commentauthorassociation"""
-    login = str((issue.get("user") or {}).get("login", "")).lower()
-    listed = login in (name.lower() for name in config.allowed_authors)
-    return listed or issue.get("author_association") in ("OWNER", "MEMBER", "COLLABORATOR")
-
-
 def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Task:
     """An issue, as GitHub gives it, as a task. Never fails: `check_task` says what is wrong."""
     body = encodable(issue.get("body")).replace("\r\n", "\n")
     title = " ".join(encodable(issue.get("title")).split())
-    trusted = is_trusted(issue, config)
+    login = str((issue.get("user") or {}).get("login") or "")
+    listed = login.lower() in (name.lower() for name in config.allowed_authors)
+    # https://docs.github.com/graphql/reference/enums#commentauthorassociation
+    trusted = listed or issue.get("author_association") in ("OWNER", "MEMBER", "COLLABORATOR")
     lines = key_lines(body) if trusted else {}
     metadata = split_metadata(body)[1] if trusted else None
     if metadata is None:
@@ -440,7 +434,7 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
         dispatch_repo=config.dispatch_repo,
         title=title,
         url=encodable(issue.get("html_url")),
-        author=encodable((issue.get("user") or {}).get("login")),
+        author=encodable(login),
         trusted=trusted,
         task_id=str(metadata["task_id"]),
         slug=safe_slug(str(metadata["task_id"])),
@@ -960,31 +954,23 @@ def run_process(
         process = subprocess.Popen(
             command, cwd=cwd, env=env, stdin=feed, stdout=out, stderr=errors, start_new_session=True
         )
-        ended = "failed"
+        deadline, stop = time.monotonic() + timeout, stop or threading.Event()
         try:
-            ended = _wait(process, timeout, stop)
+            while process.poll() is None and time.monotonic() <= deadline and not stop.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            ended = "" if process.poll() is not None else "stop" if stop.is_set() else "timeout"
+            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
                 if ended:  # with a moment to clean up
                     os.killpg(process.pid, signal.SIGTERM)
-                    _wait(process, KILL_GRACE)
+                    process.wait(KILL_GRACE)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         out.seek(max(0, out.seek(0, os.SEEK_END) - OUTPUT_KEPT) if merged else 0)
         err.seek(0)
         return Finished(process.returncode, out.read(), err.read(), ended)
-
-
-def _wait(process: subprocess.Popen[bytes], timeout: float, stop: threading.Event | None = None) -> str:
-    """Waits for the end of a process; why it must be ended, or ""."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() <= deadline:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.2)
-            return ""
-        if stop and stop.is_set():
-            return "stop"
-    return "timeout"
 
 
 # -- Git and the workspace: the only place that runs git. ------------------------------------------
@@ -1342,8 +1328,7 @@ def allowed_environment(config: Config) -> dict[str, str]:
 
 
 def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished, str]:
-    """Runs an agent's program in the workspace: how it ended, and what it wrote to $AGENT_SUMMARY_FILE. Raises
-    TaskFailed if it cannot be started or takes too long, Stopping."""
+    """Runs an agent in the workspace: how it ended, and its $AGENT_SUMMARY_FILE. Raises TaskFailed or Stopping."""
     task, config, place, folder = work.task, work.config, work.checkout.workspace, work.checkout.folder
     file, summary = folder / "task.md", folder / "tmp/summary.md"
     config.home.mkdir(parents=True, exist_ok=True)

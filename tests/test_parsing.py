@@ -21,7 +21,6 @@ from runner import (
     TaskFailed,
     check_task,
     is_branch_name,
-    is_trusted,
     metadata_comment,
     outside_fences,
     parse_task,
@@ -355,7 +354,7 @@ def test_the_metadata_of_a_stranger_is_not_read() -> None:
     ],
 )
 def test_trust_follows_the_association(association: str | None, expected: bool) -> None:
-    assert is_trusted(issue_json(author_association=association), CONFIG) is expected
+    assert parse_task(issue_json(author_association=association), CONFIG).trusted is expected
 
 
 @pytest.mark.parametrize(
@@ -375,11 +374,11 @@ def test_trust_follows_the_association(association: str | None, expected: bool) 
 def test_a_listed_author_is_trusted_by_the_whole_name(login: str, expected: bool) -> None:
     config = make_config({"AGENT_ALLOWED_AUTHORS": "alice, helper[bot]"})
     issue = issue_json(author_association="NONE", user={"login": login})
-    assert is_trusted(issue, config) is expected
+    assert parse_task(issue, config).trusted is expected
 
 
 def test_an_author_whose_account_is_gone_is_not_trusted() -> None:
-    assert not is_trusted(issue_json(author_association="NONE", user=None), CONFIG)
+    assert not parse_task(issue_json(author_association="NONE", user=None), CONFIG).trusted
 
 
 # --------------------------------------------------------------------------------------------------
