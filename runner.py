@@ -76,6 +76,10 @@ GIT_TIMEOUT = 1800
 KILL_GRACE = 5
 OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
 OUTPUT_LINES = 50  # lines of it that are shown
+AGENT_SIDE = [f"AGENT_TASK_{name}" for name in ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")]
+AGENT_SIDE.append("AGENT_SUMMARY_FILE")  # the agent's own variables
+PLUGIN_COMMAND = [sys.executable, str(Path(__file__).absolute()), "--plugin"]  # starts `serve_plugin`
+PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
 LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
     "processing": ("fbca04", "The agent runner is working on this issue"),
     "done": ("0e8a16", "The agent runner has opened a pull request for this issue"),
@@ -229,8 +233,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Reads and checks every variable; raises ConfigError that names all the bad ones. An empty value counts as
-        unset: Compose hands `NAME=${NAME:-}` on as an empty string."""
+        """Reads every variable; ConfigError names all bad ones. Empty is unset: Compose hands on `NAME=${NAME:-}`."""
         values: dict[str, Any] = {"env": dict(env)}
         problems = []
         for name, spec in cls.variables().items():
@@ -302,7 +305,7 @@ FENCE = re.compile(  # https://spec.commonmark.org/0.31.2/#fenced-code-blocks; w
     r"(?m)^ {0,3}(?P<mark>(?P<tick>`)`{2,}+(?![^\n]*`)|~{3,}+)[ \t]*(?P<language>[^\s`]*)[^\n]*(?:\n|\Z)"
     r"(?P<inside>[\s\S]*?)(?:(?P<close>^ {0,3}(?P=mark)(?(tick)`*|~*)[^\S\n]*(?:\n|\Z))|\Z)"
 )
-KEY_LINE = re.compile(r"[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I)
+KEY_LINE = re.compile(r"^[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I | re.M)
 INSTRUCTION_HEADING = re.compile(r"^#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*$", re.I | re.M)
 SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
 ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
@@ -376,10 +379,9 @@ def split_metadata(text: str) -> tuple[str, dict[str, Any] | None]:
 def key_lines(text: str) -> dict[str, str]:
     """The first `Task ID:`, `User ID:`, `Target Repository:` and `Target:` lines outside fences."""
     found: dict[str, str] = {}
-    for line in outside_fences(text).split("\n"):
-        if match := KEY_LINE.match(line):
-            value = re.sub(r"\A[*_]+(?=\s|\Z)", "", match[2]).replace("`", "").strip(" \t*")
-            found.setdefault(match[1].lower().replace(" ", "_"), value)
+    for match in KEY_LINE.finditer(outside_fences(text)):
+        value = re.sub(r"\A[*_]+(?=\s|\Z)", "", match[2]).replace("`", "").strip(" \t*")
+        found.setdefault(match[1].lower().replace(" ", "_"), value)
     return found
 
 
@@ -618,9 +620,8 @@ def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
     errors = [error.get("message") or error if isinstance(error, dict) else error for error in found]
     reasons = "; ".join(str(reason) for reason in [data.get("message") or "no message", *errors])
     what = f"GitHub answered {status} to {method} {path}: {reasons}"
-    if status >= 500 or status == 408:
-        return Unreachable(what)
-    return ApiRefused(what, ADVICE.get(status, ""), status=status)
+    fault = status >= 500 or status == 408
+    return Unreachable(what) if fault else ApiRefused(what, ADVICE.get(status, ""), status=status)
 
 
 def is_queued(issue: Mapping[str, Any], config: Config, ours: bool = False) -> bool:
@@ -1278,7 +1279,8 @@ class Work(NamedTuple):
 
 def process_task(work: Work) -> tuple[str, str]:
     """Changes the files as AGENT_PROCESS_TASK says: (summary, output). Raises TaskFailed, TaskRetry or Stopping."""
-    return BUILT_IN.get(work.config.process_task, process_plugin)(work)
+    built_in = {"patch": process_patch, "command": process_command}
+    return built_in.get(work.config.process_task, process_plugin)(work)
 
 
 def process_patch(work: Work) -> tuple[str, str]:
@@ -1316,10 +1318,6 @@ def command_words(config: Config, instruction: str, instruction_file: Path) -> l
     values = {"{instruction}": instruction, "{instruction_file}": str(instruction_file)}
     filled = [re.sub(r"\{instruction(_file)?\}", lambda hole: values[hole[0]], word) for word in words[1:]]
     return [str(Path(program).absolute()), *filled]
-
-
-AGENT_SIDE = [f"AGENT_TASK_{name}" for name in ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")]
-AGENT_SIDE.append("AGENT_SUMMARY_FILE")
 
 
 def allowed_environment(config: Config) -> dict[str, str]:
@@ -1366,11 +1364,6 @@ def read_regular(path: Path) -> str:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file.read(MAX_BODY).decode("utf-8", "replace")
     return ""
-
-
-BUILT_IN = {"patch": process_patch, "command": process_command}
-PLUGIN_COMMAND = [sys.executable, str(Path(__file__).absolute()), "--plugin"]  # starts `serve_plugin`
-PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
 
 
 def process_plugin(work: Work) -> tuple[str, str]:
@@ -1736,10 +1729,6 @@ class Runner:
 
 # -- The command line. -----------------------------------------------------------------------------
 
-EPILOG = """Everything else is set by environment variables, or in a file .env in the current folder; README.md lists
-them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one ends it now, SIGHUP looks
-for work at once. Exit codes: 0 all well, 1 something failed, 2 set up wrongly."""
-
 
 def check_machine(config: Config) -> str:
     """Settings by environment, on which the token's safety rests, came with git 2.31."""
@@ -1760,7 +1749,7 @@ def check_machine(config: Config) -> str:
 
 def check_agent(config: Config) -> str:
     """A plug-in is loaded; the built-ins were looked at with the variables."""
-    if config.process_task not in BUILT_IN:
+    if ":" in config.process_task:
         command = [*PLUGIN_COMMAND, config.process_task]
         done = run_process(command, cwd=Path("/"), env=allowed_environment(config), timeout=60, merged=True)
         if done.code:
@@ -1845,7 +1834,10 @@ def run(config: Config, once: bool, issue: int | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     about = "Turns labelled GitHub issues into pull requests with the agent of your choice."
-    parser = argparse.ArgumentParser(description=about, epilog=EPILOG)
+    more = """Everything else is set by environment variables, or in a file .env in the current folder; README.md lists
+    them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one ends it now, SIGHUP
+    looks for work at once. Exit codes: 0 all well, 1 something failed, 2 set up wrongly."""
+    parser = argparse.ArgumentParser(description=about, epilog=more)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
     how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
