@@ -133,7 +133,7 @@ class GitFailed(RunnerError):
 # -- Configuration: environment variables in, one frozen value out. --------------------------------
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,100}(?<!\.git)")
-ADDRESS = re.compile(r"https?://(?:[^\s@/?#:\[\]]+|\[[\da-f:.]+\])(?::[1-9]\d{0,4})?(?:/[^\s?#]*)?", re.I)
+ADDRESS = re.compile(r"https?://(?:[^\s@/?#:\[\]]+|\[[\da-f:.]+\])(?::(?!0|[7-9]\d{4})\d{1,5})?(?:/[^\s?#]*)?", re.I)
 
 
 class Secret(str):
@@ -401,8 +401,7 @@ def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config:
     line = lines.get("target_repository", "")
     if named := metadata.get("target_repo") or (line if REPO_NAME.fullmatch(line) else ""):
         return str(named)
-    words = re.split(r"[\s()#,;]+", lines.get("target", ""))
-    context = next((word for word in words if REPO_NAME.fullmatch(word)), "")
+    context = next(filter(REPO_NAME.fullmatch, re.split(r"[\s()#,;]+", lines.get("target", ""))), "")
     return context if context and config.allows_target(context) else config.target_repo
 
 
@@ -499,10 +498,9 @@ def fenced(text: str) -> str:
 
 def cut(text: str, limit: int) -> str:
     """The text, if need be without its end, with a note that says so."""
-    if len(text) <= limit:
-        return text
     kept = max(0, limit - 60)
-    return f"{text[:kept]}\n\n… ({len(text) - kept:,} characters more were left out)"
+    short = f"{text[:kept]}\n\n… ({len(text) - kept:,} characters more were left out)"
+    return text if len(text) <= limit else short
 
 
 def folded_output(output: str) -> str:
@@ -1369,8 +1367,7 @@ def read_regular(path: Path) -> str:
 def process_plugin(work: Work) -> tuple[str, str]:
     """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
     order = {"task": vars(work.task), **vars(work.checkout.workspace)}
-    command = [*PLUGIN_COMMAND, work.config.process_task]
-    done, text = run_agent(work, command, json.dumps(order, default=str))
+    done, text = run_agent(work, [*PLUGIN_COMMAND, work.config.process_task], json.dumps(order, default=str))
     if done.code == PLUGIN_CODES["retry"]:
         raise TaskRetry(text, output=done.output)
     if done.code:
@@ -1750,8 +1747,8 @@ def check_machine(config: Config) -> str:
 def check_agent(config: Config) -> str:
     """A plug-in is loaded; the built-ins were looked at with the variables."""
     if ":" in config.process_task:
-        command = [*PLUGIN_COMMAND, config.process_task]
-        done = run_process(command, cwd=Path("/"), env=allowed_environment(config), timeout=60, merged=True)
+        env = allowed_environment(config)
+        done = run_process([*PLUGIN_COMMAND, config.process_task], Path("/"), env, timeout=60, merged=True)
         if done.code:
             said = printable((done.output.strip() or done.ended or f"status {done.code}").splitlines()[-1])
             why = f"process_task: {config.process_task}: {said}"
