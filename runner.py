@@ -26,6 +26,7 @@ import functools
 import hashlib
 import importlib.machinery
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -47,7 +49,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 import requests
@@ -73,6 +75,8 @@ MAX_PAUSE = 3660.0  # seconds; GitHub's quota is renewed every hour
 PATIENCE = 900  # seconds that a task waits for a GitHub that is out of reach
 RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
 GIT_TIMEOUT = 1800
+CLAIM_TIMEOUT = 30  # seconds for git to read or move a claim
+EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every git repository
 KILL_GRACE = 5
 OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
 OUTPUT_LINES = 50  # lines of it that are shown
@@ -130,6 +134,18 @@ class GitFailed(RunnerError):
     """Git ended with an error; `output` is what it said."""
 
 
+class RefMoved(TaskRetry):
+    """A ref of a remote repository was to be moved, and is elsewhere: at the commit `at`, or gone if that is ""."""
+
+    def __init__(self, repo: str, ref: str, at: str) -> None:
+        super().__init__(f"{repo} has got {ref} from somebody else meanwhile")
+        self.ref, self.at = ref, at
+
+
+class ClaimLost(RunnerError):
+    """The issue is, or may be, another runner's by now: nothing may be written any more."""
+
+
 # -- Configuration: environment variables in, one frozen value out. --------------------------------
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,38}/(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,100}(?<!\.git)")
@@ -149,11 +165,16 @@ def _variable(name: str, parse: Callable[[str], Any], default: str = "") -> Any:
 
 
 def _token(text: str) -> Secret:
-    if not text:
-        raise ValueError("is not set: put a GitHub token there, or into a file .env")
-    if not re.fullmatch(r"[\x21-\x7e]+", text):
+    if not re.fullmatch(r"[\x21-\x7e]*", text):
         raise ValueError("holds blanks or characters that no GitHub token has")
     return Secret(text)
+
+
+def _token_file(text: str) -> Path | None:
+    with contextlib.suppress(OSError):
+        if not text or _token(Path(text).read_text("utf-8", "replace").strip()):
+            return Path(text).absolute() if text else None
+    raise ValueError(f"names the file {text!r}, which cannot be read or holds no token")
 
 
 def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = str) -> Callable[[str], Any]:
@@ -177,7 +198,9 @@ _flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda te
 _level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
 _from_0 = _must("be a number, 0 or more", lambda text: 0 <= float(text) <= 10**9, float)
 _from_1 = _must("be a number, 1 or more", lambda text: 1 <= float(text) <= 10**9, float)
+_from_3 = _must("be a number, 3 or more", lambda text: 3 <= float(text) <= 10**9, float)
 _count = _must("be a whole number, 1 or more", lambda text: 1 <= int(text) <= 10**9, int)
+_refs = _must("be the start of a ref, such as refs/heads/agent-claims", re.compile(r"refs(/[A-Za-z0-9_-]+)+").fullmatch)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -201,7 +224,9 @@ class Config:
     """Everything that can be set; README.md says what each variable means."""
 
     env: Mapping[str, str] = field(repr=False)
-    token: Secret = _variable("GITHUB_TOKEN", _token)
+    tokens: list[Secret] = field(repr=False)  # that were in use lately, the newest last
+    first_token: Secret = _variable("GITHUB_TOKEN", _token)
+    token_file: Path | None = _variable("GITHUB_TOKEN_FILE", _token_file)
     api_url: str = _variable("GITHUB_API_URL", _url, "https://api.github.com")
     server_url: str = _variable("GITHUB_SERVER_URL", _url, "https://github.com")
     dispatch_repo: str = _variable("AGENT_DISPATCH_REPO", _repo, "endomorphosis/lift_coding_dispatch")
@@ -219,10 +244,14 @@ class Config:
     task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _from_1, "1800")
     max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _count, "3")
     max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _count, "1")
+    lease: float = _variable("AGENT_LEASE", _from_3, "600")
+    runner_id: str = _variable("AGENT_RUNNER_ID", str)
+    claim_refs: str = _variable("AGENT_CLAIM_REFS", _refs, "refs/agent-runner/claims")
     drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _from_0, "30")
     write_interval: float = _variable("AGENT_WRITE_INTERVAL", _from_0, "1")
     state_dir: Path = _variable("AGENT_STATE_DIR", lambda text: Path(text).absolute(), ".agent-runner")
     home: Path = _variable("AGENT_HOME", lambda text: Path(text).absolute() if text else None)
+    disk_budget: int = _variable("AGENT_DISK_BUDGET_MB", _count, "10240")
     agent_env: tuple[str, ...] = _variable("AGENT_ENV", _names)
     max_changed_files: int = _variable("AGENT_MAX_CHANGED_FILES", _count, "1000")
     max_changed_bytes: int = _variable("AGENT_MAX_CHANGED_BYTES", _count, "10000000")
@@ -234,7 +263,7 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """Reads every variable; ConfigError names all bad ones. Empty is unset: Compose hands on `NAME=${NAME:-}`."""
-        values: dict[str, Any] = {"env": dict(env)}
+        values: dict[str, Any] = {"env": dict(env), "tokens": []}
         problems = []
         for name, spec in cls.variables().items():
             parse, default = spec.metadata["parse"], spec.metadata["default"]
@@ -242,10 +271,11 @@ class Config:
                 values[spec.name] = parse(env.get(name, "").strip() or default)
             except ValueError as error:
                 problems.append(f"{name} {error}")
-                values[spec.name] = parse(default) if default else Secret()
+                values[spec.name] = parse(default)
         values["home"] = values["home"] or values["state_dir"] / "home"
         values["process_task"] = values["process_task"] or ("command" if values["command"] else "patch")
         values["allowed_targets"] = values["allowed_targets"] or (values["target_repo"],)
+        values["runner_id"] = values["runner_id"] or f"{socket.gethostname()}:{values['state_dir']}"
         # No account has this address, so that no stranger's picture gets beside the commits.
         address = f"agent-runner@noreply.{urlsplit(values['server_url']).hostname}"
         values["commit_email"] = values["commit_email"] or address
@@ -261,11 +291,15 @@ class Config:
 
     def _contradictions(self) -> Iterator[str]:
         """What is wrong with several variables together."""
+        if not (token := self.token):
+            yield "GITHUB_TOKEN is not set: put a GitHub token there or into a file .env, or set GITHUB_TOKEN_FILE"
+        if self.first_token and self.token_file:
+            yield "GITHUB_TOKEN and GITHUB_TOKEN_FILE are both set: leave one of them out"
         labels = {self.task_label, self.processing_label, self.done_label, self.failed_label}
         if len({label.lower() for label in labels}) < 4:
             yield "the four AGENT_*_LABEL variables must name four different labels"
         for name in self.agent_env:
-            if name == "GITHUB_TOKEN" or (self.token and self.token in self.env.get(name, "")):
+            if name.startswith("GITHUB_TOKEN") or (token and token in self.env.get(name, "")):
                 yield f"AGENT_ENV must not name {name}: the agent never gets the runner's token"
         try:
             if self.process_task == "command":
@@ -281,21 +315,33 @@ class Config:
             hint = f"; did you mean {near[0]}?" if near else ""
             yield f"{name} is set, but the runner knows no such variable{hint}"
 
-    @functools.cached_property
-    def git_login(self) -> str:
-        """The token in the form in which git sends it."""
-        return base64.b64encode(f"x-access-token:{self.token}".encode()).decode()
+    @property
+    def token(self) -> Secret:
+        """The token of this moment: a task can outlive one, so its file is read each time."""
+        new = self.first_token
+        with contextlib.suppress(OSError, ValueError):  # it may be about to be written
+            new = _token(self.token_file.read_text().strip()) if self.token_file else new
+        new = new or (self.tokens or [new])[-1]
+        if [new] != self.tokens[-1:]:
+            self.tokens[:] = [*self.tokens[-9:], new]
+        return new
 
     def masked(self, text: str) -> str:
-        """The text without secrets: the token in both of its forms, and the longer values for the agent."""
+        """The text without secrets: the tokens in both of their forms, and the longer values for the agent."""
         values = (self.env.get(name, "") for name in self.agent_env)
-        for secret in (self.token, self.git_login, *(value for value in values if len(value) >= 12)):
-            text = text.replace(secret, "***")
+        tokens = [secret for token in self.tokens for secret in (token, git_login(token))]
+        for secret in (*tokens, *(value for value in values if len(value) >= 12)):
+            text = text.replace(secret, "***") if secret else text
         return text
 
     def allows_target(self, repo: str) -> bool:
         """Whether pull requests may go to a repository; patterns may hold `*`, case is ignored."""
         return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in self.allowed_targets)
+
+
+def git_login(token: str) -> str:
+    """A token in the form in which git sends it."""
+    return base64.b64encode(f"x-access-token:{token}".encode()).decode()
 
 
 # -- The task: from an issue to a value, and on to text. Pure functions, in time linear in the text.
@@ -455,13 +501,22 @@ def is_branch_name(name: str) -> bool:
     return 0 < len(name) <= 200 and name.isprintable() and not re.search(bad, name)
 
 
+def target_allowed(task: Task, config: Config) -> bool:
+    return bool(REPO_NAME.fullmatch(task.target_repo)) and config.allows_target(task.target_repo)
+
+
+def claim_repo(task: Task, config: Config) -> str:
+    """Where the claim belongs: with the branch, or in the usual target if there will be none."""
+    return task.target_repo if target_allowed(task, config) else config.target_repo
+
+
 def check_task(task: Task, config: Config) -> None:
     """Raises TaskFailed for a task that must not or cannot be run."""
     owner = "the runner's owner can"
     if not task.trusted:
         advice = f"An owner, member or collaborator can open the issue, or {owner} set AGENT_ALLOWED_AUTHORS."
         raise TaskFailed(f"{code(task.author)} may not give work to this runner.", advice)
-    if not REPO_NAME.fullmatch(task.target_repo) or not config.allows_target(task.target_repo):
+    if not target_allowed(task, config):
         advice = f"Name another target, or {owner} add it to AGENT_ALLOWED_TARGETS."
         raise TaskFailed(f"This runner may not change the repository {code(task.target_repo)}.", advice)
     if task.base and not is_branch_name(task.base):
@@ -622,13 +677,26 @@ def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
     return Unreachable(what) if fault else ApiRefused(what, ADVICE.get(status, ""), status=status)
 
 
-def is_queued(issue: Mapping[str, Any], config: Config, ours: bool = False) -> bool:
-    """Whether an issue waits to be run; `ours` if its `processing` label is this runner's own."""
-    labels = {str(label["name"]).lower() for label in issue.get("labels", [])}
-    over = {config.done_label.lower(), config.failed_label.lower()}
-    over |= set() if ours else {config.processing_label.lower()}
-    wanted = config.task_label.lower() in labels and not labels & over
-    return wanted and issue.get("state") == "open" and "pull_request" not in issue
+def has_label(issue: Mapping[str, Any], *labels: str) -> bool:
+    """Whether an issue carries one of the labels; GitHub ignores their case."""
+    return not {label.lower() for label in labels}.isdisjoint(
+        str(label["name"]).lower() for label in issue.get("labels", ())
+    )
+
+
+def is_wanted(issue: Mapping[str, Any], config: Config) -> bool:
+    """Whether an issue is an open task, run or not."""
+    return issue.get("state") == "open" and "pull_request" not in issue and has_label(issue, config.task_label)
+
+
+def is_queued(issue: Mapping[str, Any], config: Config) -> bool:
+    """Whether an issue is to be run, or is being run: a claim tells the two apart, the label `processing` does not."""
+    return is_wanted(issue, config) and not has_label(issue, config.done_label, config.failed_label)
+
+
+def utc(seconds: float) -> str:
+    """Seconds since 1970 as GitHub writes a time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 # -- GitHub's client: the only place that speaks HTTP. ---------------------------------------------
@@ -637,8 +705,13 @@ def is_queued(issue: Mapping[str, Any], config: Config, ours: bool = False) -> b
 class Clock:
     """Time and chance as the runner sees them; tests pass one of their own."""
 
+    def now(self) -> float:
+        """Seconds since 1970; for people, since no two machines agree on it."""
+        return time.time()
+
     def monotonic(self) -> float:
-        return time.monotonic()
+        """Seconds that go on while the machine sleeps, where the system has such a clock."""
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -676,8 +749,8 @@ class GitHub:
         self._config, self._clock, self._stop = config, clock, stop
         self._dispatch = f"/repos/{config.dispatch_repo}"
         self._lock = threading.Lock()
-        self._not_before = self._next_write = 0.0
-        self._limits_in_a_row = 0
+        self._not_before = self._next_write = self._renewal = 0.0
+        self._limits_in_a_row, self._scarcity = 0, 1.0
         self._session = requests.Session()
         self._session.auth = self._sign_in  # requests would put ~/.netrc before a plain header
         self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": API_VERSION})
@@ -730,6 +803,10 @@ class GitHub:
     def _observe(self, response: requests.Response) -> bool:
         """Learns from the rate-limit headers; whether this request was refused for a limit."""
         headers = response.headers
+        with contextlib.suppress(KeyError, ValueError):
+            limit, left = int(headers["x-ratelimit-limit"]), int(headers["x-ratelimit-remaining"])
+            self._scarcity = max(1.0, limit / 5 / max(1, left))
+            self._renewal = self._clock.monotonic() + float(headers["x-ratelimit-reset"]) - server_time(headers)
         limited = is_limit(response.status_code, headers, response.text)
         if limited or headers.get("x-ratelimit-remaining") == "0":
             pause = limit_pause(headers, self._limits_in_a_row)
@@ -737,6 +814,11 @@ class GitHub:
             self._not_before = self._clock.monotonic() + pause
         self._limits_in_a_row = self._limits_in_a_row + 1 if limited else 0
         return limited
+
+    def poll_pause(self, interval: float) -> float:
+        """Seconds from one poll to the next. When less than a fifth of the quota is left, polls become rarer, until it
+        is renewed: what is left is for the work."""
+        return max(interval, min(interval * self._scarcity, self._renewal - self._clock.monotonic()))
 
     def _answer(self, method: str, path: str, response: requests.Response) -> Answer:
         data, headers = None, response.headers
@@ -783,14 +865,18 @@ class GitHub:
             raise ApiRefused(f"issue {number} was moved to another repository", status=301)
         return issue
 
-    def comment(self, number: int, text: str, marker: str, since: str, again: bool = False) -> int:
+    def changed(self, number: int, etag: str) -> tuple[dict[str, Any] | None, str]:
+        """The issue unless it is as it was, and the ETag to ask with next time."""
+        answer = self.request("GET", f"{self._dispatch}/issues/{number}", etag=etag)
+        return answer.data, answer.etag or etag
+
+    def find_comment(self, number: int, marker: str) -> dict[str, Any] | None:
+        pages = self._pages(f"{self._dispatch}/issues/{number}/comments?per_page={PAGE_SIZE}")
+        return next((comment for comment in pages if marker in str(comment["body"])), None)
+
+    def comment(self, number: int, text: str, marker: str, again: bool) -> int:
         """Comments on an issue, once; the comment's id. `marker` is in this text alone; `again` if it may be there."""
-        path = f"{self._dispatch}/issues/{number}/comments"
-        query = urlencode({"since": since, "per_page": PAGE_SIZE})
-
-        def find() -> Any:
-            return next((c for c in self._pages(f"{path}?{query}") if marker in str(c["body"])), None)
-
+        path, find = f"{self._dispatch}/issues/{number}/comments", lambda: self.find_comment(number, marker)
         return int(self._create(path, {"body": text}, find, again)["id"])
 
     def edit_comment(self, comment: int, text: str) -> None:
@@ -815,23 +901,26 @@ class GitHub:
             if error.status != 404:
                 raise
 
-    def open_pull(self, repo: str, branch: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Opens a pull request from a branch, or returns the one that there is already."""
-        find = functools.partial(self.find_pull, repo, branch)
+    def open_pull(self, repo: str, body: Mapping[str, Any], marker: str, again: bool) -> dict[str, Any]:
+        """The pull request from the branch `head`: the one with this `marker` in its text, else an open one, which gets
+        the new text, else a new one. `again` if there may be one."""
+        find = functools.partial(self._find_pull, repo, body["head"], marker)
         try:
-            return dict(self._create(f"/repos/{repo}/pulls", {**body, "head": branch}, find))
+            pull = self._create(f"/repos/{repo}/pulls", body, find, again)
         except ApiRefused as error:
             # 422 "A pull request already exists" comes without the number of that pull request.
-            if error.status == 422 and (pull := find()):
-                return pull
-            raise
+            if error.status != 422 or not (pull := find()):
+                raise
+        if marker not in str(pull["body"]):
+            wanted = {key: body[key] for key in ("title", "body", "base")}
+            pull = self._repeat("PATCH", f"/repos/{repo}/pulls/{pull['number']}", wanted).data
+        return dict(pull)
 
-    def find_pull(self, repo: str, branch: str) -> dict[str, Any] | None:
-        """The pull request from a branch of this repository: an open one, else one merged."""
-        query = urlencode({"head": f"{repo.split('/')[0]}:{branch}", "state": "all"})
-        pulls = [p for p in self._pages(f"/repos/{repo}/pulls?{query}") if p["head"]["ref"] == branch]
-        usable = (pull for pull in pulls if pull["state"] == "open" or pull["merged_at"])
-        return min(usable, key=lambda pull: pull["state"] != "open", default=None)
+    def _find_pull(self, repo: str, branch: str, marker: str) -> dict[str, Any] | None:
+        query = urlencode({"head": f"{repo.split('/')[0]}:{branch}", "state": "all", "per_page": PAGE_SIZE})
+        pulls = [pull for pull in self._pages(f"/repos/{repo}/pulls?{query}") if pull["head"]["ref"] == branch]
+        own = [pull for pull in pulls if marker in str(pull["body"])]
+        return next(iter(own or [pull for pull in pulls if pull["state"] == "open"]), None)
 
     def _pages(self, url: str) -> Iterator[dict[str, Any]]:
         """All rows of a list. Links are followed as given: they lead to other paths."""
@@ -852,18 +941,28 @@ def root_cause(error: BaseException) -> str:
 
 
 class Row(NamedTuple):
-    """What the queue keeps of an issue in the list."""
+    """What the queue keeps of an issue in the list: `repo` is where its claim belongs, `body` a hash of its text."""
 
     number: int
     updated: str
     queued: bool
+    processing: bool
+    repo: str
+    body: str
+
+    @classmethod
+    def of(cls, issue: Mapping[str, Any], config: Config) -> Row:
+        body = hashlib.sha256(str(issue["body"]).encode("utf-8", "replace")).hexdigest()
+        processing = has_label(issue, config.processing_label)
+        repo = claim_repo(parse_task(issue, config), config)
+        return cls(issue["number"], str(issue["updated_at"]), is_queued(issue, config), processing, repo, body)
 
 
 Page = tuple[str, list[Row], str]  # its ETag, its rows, the address of the next one
 
 
 class Queue:
-    """The queued issues in `waiting`, by number, with the time of their last change. GitHub can list by labels that
+    """The queued issues in `waiting`, by number, also those in work somewhere. GitHub can list by labels that
     are there, not by those that are not: finished issues that stay open are in the list. So that they cost nothing, a
     list that was read to its end is asked from then on only for what changed `since`. Offset paging can skip a row
     when another leaves the list between two pages: so a list of several pages counts as read only when a second
@@ -877,7 +976,7 @@ class Queue:
         self._pages: dict[str, Page] = {}  # by address, as they were last read
         self._seen: dict[int, Row] = {}
         self._handled: dict[int, str] = {}
-        self.waiting: dict[int, str] = {}
+        self.waiting: dict[int, Row] = {}
 
     def poll(self) -> None:
         """Reads what changed. Raises Unreachable or ApiRefused, and then has changed nothing."""
@@ -887,21 +986,21 @@ class Queue:
         for row in rows.values():
             self.waiting.pop(row.number, None)
             if row.queued and row.updated > self._handled.get(row.number, ""):
-                self.waiting[row.number] = row.updated
+                self.waiting[row.number] = row
         newest = max((row.updated for row in self._seen.values()), default="")
         missed = any(row.updated <= newest and row.number not in self._seen for row in rows.values())
         settled = self._seen and not missed
         self._pages, self._seen = pages, rows if len(rows) >= PAGE_SIZE else {}
         # The next reading may begin shortly before this one, if a single page holds it then.
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at - SINCE_OVERLAP))
+        since = utc(at - SINCE_OVERLAP)
         if settled and self._seen and sum(row.updated >= since for row in rows.values()) < PAGE_SIZE:
             self._since, self._pages, self._seen = since, {}, {}
 
     def handled(self, number: int, updated: str) -> None:
         """Remembers how new the issue was when it was run: a list that lags shows it unrun."""
         self._handled[number] = updated
-        if self.waiting.get(number, "") <= updated:
-            self.waiting.pop(number, None)
+        if number in self.waiting and self.waiting[number].updated <= updated:
+            del self.waiting[number]
 
     def _read(self) -> tuple[dict[str, Page], float]:
         """The list's pages by their addresses, and the server's time when it was begun."""
@@ -917,7 +1016,7 @@ class Queue:
             if answer.status != 304:
                 if not isinstance(answer.data, list) or not all(isinstance(row, dict) for row in answer.data):
                     raise Unreachable(f"the answer to GET {url} is no list of issues")
-                rows = [Row(i["number"], i["updated_at"], is_queued(i, self._config)) for i in answer.data]
+                rows = [Row.of(issue, self._config) for issue in answer.data]
                 etag, next_url = answer.etag, answer.next_url
             pages[url], at, url = (etag, rows, next_url), at or answer.at, next_url
         return pages, at
@@ -1009,23 +1108,24 @@ class Git:
     https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT"""
 
     def __init__(self, config: Config, stop: threading.Event | None = None) -> None:
-        self._server, self.stop = config.server_url, stop or threading.Event()
+        self._config, self.stop = config, stop or threading.Event()
         self._env = {k: v for k, v in config.env.items() if GIT_INHERITS.fullmatch(k)} | GIT_ENV
-        self._sign_in = {
-            f"http.{config.server_url}/.extraHeader": f"Authorization: Basic {config.git_login}",
-            f"protocol.{urlsplit(config.server_url).scheme}.allow": "always",
-        }
 
     def url(self, repo: str) -> str:
-        return f"{self._server}/{repo}.git"
+        return f"{self._config.server_url}/{repo}.git"
+
+    def _sign_in(self) -> dict[str, str]:
+        server = self._config.server_url
+        login = f"Authorization: Basic {git_login(self._config.token)}"
+        return {f"http.{server}/.extraHeader": login, f"protocol.{urlsplit(server).scheme}.allow": "always"}
 
     def __call__(
         self, *command: str, git_dir: Path, work_tree: Path | None = None, stdin: bytes = b"",
-        remote: str = "", env: Mapping[str, str] | None = None
+        remote: str = "", env: Mapping[str, str] | None = None, timeout: float = GIT_TIMEOUT
     ) -> str:  # fmt: skip
         """What one git command prints. Only one that speaks to a `remote` repository, which it names, has the token.
         Raises GitFailed or, with `remote`, what that means for the task."""
-        settings = GIT_SETTINGS | (self._sign_in if remote else {})
+        settings = GIT_SETTINGS | (self._sign_in() if remote else {})
         place = {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings)), **(env or {})}
         for index, (key, value) in enumerate(settings.items()):
             place |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
@@ -1035,7 +1135,7 @@ class Git:
         if self.stop.is_set():
             raise Stopping
         try:
-            done = run_process(argv, cwd, self._env | place, GIT_TIMEOUT, stdin, self.stop)
+            done = run_process(argv, cwd, self._env | place, timeout, stdin, self.stop)
         except OSError as error:
             raise GitFailed(f"git does not start: {error}", output=str(error)) from error
         if done.ended == "stop":
@@ -1047,6 +1147,38 @@ class Git:
             raise remote_failure(failure, remote) if remote else failure
         return done.out.decode("utf-8", "surrogateescape")
 
+    def refs(self, repo: str, *names: str) -> tuple[str, dict[str, str]]:
+        """A remote repository's default branch, and the commits of those of these refs that are there."""
+        default, found = "", {}
+        command = ("ls-remote", "--symref", self.url(repo), *names)
+        printed = self(*command, git_dir=Path("/"), remote=repo)  # it needs no repository
+        for value, _, name in (line.partition("\t") for line in printed.splitlines()):
+            if value.startswith("ref: refs/heads/") and name == "HEAD":
+                default = value.removeprefix("ref: refs/heads/")
+            elif name in names:
+                found[name] = value
+        return default, found
+
+    def push(
+        self, repo: str, moves: Mapping[str, tuple[str, str]], git_dir: Path, timeout: float = GIT_TIMEOUT
+    ) -> None:
+        """Moves refs of a remote repository, each from one commit to another, all or none; "" is "not there". If the
+        answer was lost, it looks what has become of them. Raises RefMoved for the first that is elsewhere.
+        https://git-scm.com/docs/git-push#Documentation/git-push.txt---force-with-leaseltrefnamegtltexpectgt"""
+        leases = [f"--force-with-lease={ref}:{old}" for ref, (old, _) in moves.items()]
+        command = ["push", "--porcelain", "--atomic", *leases, self.url(repo)]
+        command += [f"{new}:{ref}" for ref, (_, new) in moves.items()]
+        try:
+            self(*command, git_dir=git_dir, remote=repo, timeout=timeout)
+        except RunnerError:
+            there = self.refs(repo, *moves)[1]
+            if all(there.get(ref, "") == new for ref, (_, new) in moves.items()):
+                return
+            for ref, (old, _) in moves.items():
+                if there.get(ref, "") != old:
+                    raise RefMoved(repo, ref, there.get(ref, "")) from None
+            raise
+
 
 REMOTE_FAILURES = {  # what git says: what it means, and what to do
     r"without `workflows?` (scope|permission)": ("does not let this token push workflows.", ADVICE[403]),
@@ -1055,63 +1187,151 @@ REMOTE_FAILURES = {  # what git says: what it means, and what to do
         "cannot be read or pushed to: it does not exist, or the token may not.",
         f"{ADVICE[404]} README.md lists the permissions.",
     ),
-    r"(hook|push) declined|error: GH\d{3}:": ("refuses the branch.", "See what its rules say about branches."),
+    r"(hook|push) declined|error: GH\d{3}:|hidden ref|funny refname": (
+        "refuses the push.",
+        "See what its rules say about branches; if it is the claims that it refuses, the runner's owner can set"
+        " AGENT_CLAIM_REFS=refs/heads/agent-claims.",
+    ),
 }
+BROKEN = re.compile(  # what git says of a repository on this machine that has lost something
+    r"^(error|fatal): (not a git repository|bad (object|tree|config)|object file|inflate|unable to (unpack|read) |pack"
+    r"|loose object|file \S+ is far|index file|could not read [0-9a-f]{40}|missing |invalid obj|\S+ did not send all)",
+    re.MULTILINE | re.IGNORECASE,
+)
 
 
 def remote_failure(failure: GitFailed, repo: str) -> RunnerError:
     """What git's words about a remote mean for the task at hand."""
+    if BROKEN.search(failure.output):
+        return failure
     for pattern, (what, advice) in REMOTE_FAILURES.items():
         if re.search(pattern, failure.output, re.IGNORECASE):
             return TaskFailed(f"{repo} {what}", advice, failure.output)
-    if "rejected]" in failure.output:
-        return TaskRetry(f"{repo} has got the branch from somebody else meanwhile.", output=failure.output)
     lines = failure.output.splitlines()
     said = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
     return Unreachable(f"git cannot reach {repo}: {said}")
+
+
+def lock_file(path: Path, how: int = fcntl.LOCK_EX) -> IO[str] | None:
+    """The file, open and locked, or None if somebody else has locked it. The lock ends with the file or the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        return file
+    file.close()
+    return None
+
+
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder, also what an agent made unreadable."""
+    with contextlib.suppress(OSError):
+        folder.chmod(stat.S_IRWXU)
+    for path, folders, _ in os.walk(folder):
+        for inner in (Path(path, name) for name in folders):
+            with contextlib.suppress(OSError):
+                if not inner.is_symlink():
+                    inner.chmod(stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_folder(work: Path) -> tuple[Path, IO[str]]:
+    """An empty folder for this process alone, `0` for the first one on this machine, and the lock that says so. What
+    processes that are dead have left is deleted."""
+    mine: tuple[Path, IO[str]] | None = None
+    for number in itertools.count():
+        folder, lock = work / str(number), work / f"{number}.lock"
+        if mine and not lock.exists():
+            return mine
+        if held := lock_file(lock):
+            remove_tree(folder)
+            if mine:
+                held.close()
+            mine = mine or (folder, held)
+    raise AssertionError
+
+
+def disk_usage(*folders: Path) -> int:
+    """Bytes that folders take up."""
+    used = 0
+    for path, _, files in itertools.chain.from_iterable(map(os.walk, folders)):
+        for name in files:
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                used += os.lstat(os.path.join(path, name)).st_blocks * 512
+    return used
+
+
+def write_repository(path: Path, lenders: Sequence[Path] = (), branch: str = "none", commit: str = "") -> None:
+    """What `git init` would make, with other repositories' objects lent: https://git-scm.com/docs/gitrepository-layout"""
+    for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
+        (path / folder).mkdir(parents=True, exist_ok=True)
+    (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
+    (path / "config").write_text(CHECKOUT_CONFIG)
+    (path / "objects/info/alternates").write_text("".join(f"{lender / 'objects'}\n" for lender in lenders))
+    if commit:
+        (path / "refs/heads" / branch).write_text(f"{commit}\n")
+    # Files come and go byte for byte: what the target's .gitattributes say would change some that nobody touched.
+    (path / "info/attributes").write_text("* -text !eol -ident -filter !working-tree-encoding\n")
 
 
 class Mirror:
     """A private bare copy of a target repository, shared by its tasks, also of other processes. It has the whole
     history, files included: an agent may want to look at any of it, and has no token to fetch with."""
 
-    def __init__(self, git: Git, state_dir: Path, repo: str) -> None:
-        self._git, self._repo = git, repo
-        self.path = state_dir / "repos" / f"{repo.lower()}.git"
+    def __init__(self, git: Git, config: Config, repo: str) -> None:
+        self._git, self._config, self._repo = git, config, repo
+        self._mended = False
+        self.path = config.state_dir / "repos" / f"{repo.lower()}.git"
 
-    def look(self, *refs: str) -> tuple[str, dict[str, str]]:
-        """The target's default branch, and the commits of HEAD and these refs as they are there."""
-        if not self.path.exists():
-            self._make()
-        default, found = "", {}
-        command = ("ls-remote", "--symref", self._git.url(self._repo), "HEAD", *refs)
-        printed = self._git(*command, git_dir=self.path, remote=self._repo)
-        for value, _, name in (line.partition("\t") for line in printed.splitlines()):
-            if value.startswith("ref: refs/heads/") and name == "HEAD":
-                default = value.removeprefix("ref: refs/heads/")
-            elif name in ("HEAD", *refs):
-                found[name] = value
-        return default, found
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """While it is in use, nobody deletes it. Others are deleted, the longest unused first, until all is within
+        AGENT_DISK_BUDGET_MB; raises TaskRetry if that does not do."""
+        with self._locked(".use", fcntl.LOCK_SH) as self._use:
+            os.utime(self._use.fileno())
+            folders = [self._config.state_dir / name for name in ("repos", "work")]
+            others = sorted(folders[0].glob("*/*.use"), key=lambda path: path.stat().st_mtime)
+            while (used := disk_usage(*folders)) > self._config.disk_budget * 10**6:
+                if not others:
+                    why = f"The runner's folder holds {used / 10**6:,.0f} MB; AGENT_DISK_BUDGET_MB allows fewer."
+                    raise TaskRetry(why)
+                if unused := lock_file(other := others.pop(0)):
+                    with unused:
+                        shutil.rmtree(other.with_suffix(".git"), ignore_errors=True)
+            yield
 
-    def _make(self) -> None:
-        """An empty mirror, whole or not at all."""
-        with self._locked():
-            if not self.path.exists():
-                made = Path(tempfile.mkdtemp(prefix="new-", dir=self.path.parent))
-                self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
-                made.rename(self.path)
+    def sound(self, step: Callable[[], T]) -> T:
+        """Takes a step that reads the mirror. One that git cannot work with is made anew, once."""
+        try:
+            return step()
+        except GitFailed as failure:
+            if self._mended:
+                raise TaskFailed(f"git cannot work with {self._repo}.", output=failure.output) from None
+            self._mended = True
+            with contextlib.suppress(BlockingIOError):  # another task has use of it
+                fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(self.path, ignore_errors=True)
+            fcntl.flock(self._use, fcntl.LOCK_SH)
+            raise Unreachable(f"the copy of {self._repo} is made anew, for git says: {failure.output}") from None
 
     def fetch(self, ref: str, commit: str) -> str:
         """The commit of one of the target's refs, brought into the mirror unless it is `commit` there. The mirror's own
         name for a ref is flat: a branch `a` that was deleted upstream must not stand in the way of a branch `a/b`."""
-        own = f"refs/mirror/{hashlib.sha256(ref.encode()).hexdigest()[:32]}"
+        task = ref.startswith("refs/heads/agent-task-")  # one name for all of these, of which there is no end
+        own = "refs/mirror/task" if task else f"refs/mirror/{hashlib.sha256(ref.encode()).hexdigest()[:32]}"
         read = ("rev-parse", "--verify", "--quiet", own)
-        with contextlib.suppress(GitFailed):
+        with contextlib.suppress(GitFailed, OSError):
             if self._git(*read, git_dir=self.path).strip() == commit:
                 return commit
-        with self._locked():
-            for stale in self.path.glob("refs/mirror/*.lock"):  # of a git that was killed
-                stale.unlink()
+        with self._locked(".lock"):
+            if not self.path.exists():
+                made = self.path.with_suffix(".new")  # whole or not at all
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
+                made.rename(self.path)
+            for stale in (*self.path.glob("refs/mirror/*.lock"), *self.path.glob("objects/pack/tmp_*")):
+                stale.unlink()  # of a git that was killed
             command = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--force", self._git.url(self._repo))
             self._git(*command, f"{ref}:{own}", git_dir=self.path, remote=self._repo)
             tidy = ("-c", "gc.auto=6700", "-c", "gc.autoDetach=false", "gc", "--auto", "--quiet")
@@ -1120,19 +1340,13 @@ class Mirror:
         return self._git(*read, git_dir=self.path).strip()
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One at a time; a file lock, since threads and processes may share the state folder."""
-        lock = self.path.with_suffix(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as held:
-            while True:
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if self._git.stop.wait(0.05):
-                        raise Stopping from None
-            yield
+    def _locked(self, suffix: str, how: int = fcntl.LOCK_EX) -> Iterator[IO[str]]:
+        """Waits for a lock file: threads and processes may share the state folder."""
+        while not (held := lock_file(self.path.with_suffix(suffix), how)):
+            if self._git.stop.wait(0.05):
+                raise Stopping
+        with held:
+            yield held
 
 
 def diffstat(git: Git, git_dir: Path, base: str, commit: str) -> str:
@@ -1152,38 +1366,29 @@ class Workspace:
 
 
 class Checkout:
-    """One task's folder: the agent's workspace, and the repository that the runner commits with."""
+    """One task's folder: the agent's workspace, and the repository that the runner commits with. `lenders` are the
+    repositories whose objects it may use; the agent may use those of the first."""
 
-    def __init__(self, git: Git, mirror: Mirror, folder: Path, base: str, commit: str) -> None:
-        self._git, self._mirror = git, mirror
+    def __init__(self, git: Git, lenders: Sequence[Path], folder: Path, base: str, commit: str) -> None:
+        self._git, self._lenders = git, lenders
         self.folder, self.git_dir = folder, folder / "git"
         self.workspace = Workspace(folder / "tree", base, commit)
 
     def fill(self, branch: str) -> None:
         """Checks out the files; takes time with their number, not with the history's length."""
+        remove_tree(self.folder)
         throw_away = self.workspace.path / ".git"
-        self._write_repository(self.git_dir, branch)
-        self._write_repository(throw_away, branch)
+        write_repository(self.git_dir, self._lenders)
+        write_repository(throw_away, self._lenders[:1], branch, self.workspace.commit)
         (self.folder / "tmp").mkdir()
         self._run("read-tree", "--reset", "-u", self.workspace.commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
-
-    def _write_repository(self, path: Path, branch: str) -> None:
-        """What `git init` would make, with the mirror's objects lent: https://git-scm.com/docs/gitrepository-layout"""
-        for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        (path / "HEAD").write_text(f"ref: refs/heads/{branch}\n")
-        (path / "refs/heads" / branch).write_text(f"{self.workspace.commit}\n")
-        (path / "config").write_text(CHECKOUT_CONFIG)
-        (path / "objects/info/alternates").write_text(f"{self._mirror.path / 'objects'}\n")
-        # Files come and go byte for byte: what the target's .gitattributes say would change some that nobody touched.
-        (path / "info/attributes").write_text("* -text !eol -ident -filter !working-tree-encoding\n")
 
     def commit(self, message: str, config: Config) -> str:
         """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
         if self.workspace.path.is_symlink():
             raise TaskFailed("The workspace was replaced by a link.")
-        self._write_repository(self.git_dir, "made")  # as it was, whatever has been written there meanwhile
+        write_repository(self.git_dir, self._lenders)  # as it was, whatever has been written there meanwhile
         self._refuse_nested_repositories()
         try:
             self._run("add", "--all", ".")
@@ -1236,31 +1441,176 @@ class Checkout:
         """Applies a patch to the workspace, whole or not at all; raises GitFailed."""
         self._run("apply", "--whitespace=nowarn", "-", stdin=patch.encode())
 
-    def push(self, commit: str, branch: str, repo: str) -> None:
-        """Creates the branch in the target; raises TaskRetry if somebody else was faster."""
-        ref = f"refs/heads/{branch}"
-        # An empty lease: the branch must not exist.
-        command = ("push", "--porcelain", "--atomic", f"--force-with-lease={ref}:", self._git.url(repo))
-        try:
-            self._run(*command, f"{commit}:{ref}", remote=repo)
-        except RunnerError:
-            # It may have got through, now or before, and its answer not.
-            if self._mirror.look(ref)[1].get(ref) != commit:
-                raise
-
-    def remove(self) -> None:
-        """Deletes the folder, also what the agent made unreadable."""
-        with contextlib.suppress(OSError):
-            self.folder.chmod(stat.S_IRWXU)
-        for path, folders, _ in os.walk(self.folder):
-            for folder in (Path(path, name) for name in folders):
-                with contextlib.suppress(OSError):
-                    if not folder.is_symlink():
-                        folder.chmod(stat.S_IRWXU)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _run(self, *command: str, **options: Any) -> str:
         return self._git(*command, git_dir=self.git_dir, work_tree=self.workspace.path, **options)
+
+
+# -- Claims: which of several runners has an issue. ------------------------------------------------
+#
+# A claim is a ref in the target repository. Git moves a ref only for who names the commit that it is
+# at, so of several runners that want to move it one wins. Labels have no such thing. The commit's
+# message is the claim's record: whose it is, and how often the task has been begun.
+
+
+class Seen(NamedTuple):
+    """An issue's claim as this runner sees it: the ref is at `commit` ("" if there is none) since at least `since`, on
+    the monotonic clock. `record` is what it says, empty if it is not a runner's."""
+
+    repo: str
+    commit: str
+    since: float
+    record: Mapping[str, Any]
+
+
+def write_record(git: Git, git_dir: Path, record: Mapping[str, Any], *parent: str) -> str:
+    """A commit of nothing but a record."""
+    who = {f"GIT_{role}_{key}": "agent-runner" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    command = ("commit-tree", EMPTY_TREE, *parent)
+    return git(*command, git_dir=git_dir, stdin=json.dumps(record).encode(), env=who).strip()
+
+
+def read_record(text: str) -> dict[str, Any]:
+    """A claim's record, or nothing if it is not one."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        record = json.loads(text)
+        if re.fullmatch(r"[0-9a-f]{16}", record["nonce"]) and record["epoch"] > 0 and record["attempt"] > 0:
+            return dict(record)
+    return {}
+
+
+def claims_prefix(config: Config) -> str:
+    return f"{config.claim_refs}/{config.dispatch_repo.lower()}/"
+
+
+def read_claims(git: Git, config: Config, repo: str, folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:
+    """All claims in a repository, by issue: (commit, record). `ls-remote` would list all other refs too."""
+    remove_tree(folder)
+    write_repository(folder)
+    command = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", git.url(repo))
+    refs = f"{claims_prefix(config)}*:refs/claims/*"
+    git(*command, refs, git_dir=folder, remote=repo, timeout=CLAIM_TIMEOUT)
+    form = "--format=%(refname:lstrip=2) %(objectname) %(contents:subject)"
+    rows = [line.split(" ", 2) for line in git("for-each-ref", form, "refs/claims", git_dir=folder).splitlines()]
+    return {int(number): (commit, read_record(text)) for number, commit, text in rows if number.isdecimal()}
+
+
+class Claim:
+    """The hold on one issue. It is renewed three times in each AGENT_LEASE, and lost if that did not work for two
+    thirds of one: then `halt` is set, and nothing more may be written. `nonce` names the run that began with the first
+    claim and goes on with whoever takes it over; `epoch` counts the holders, `attempt` the attempts."""
+
+    def __init__(self, runner: Runner, number: int, seen: Seen, body: str, halt: threading.Event) -> None:
+        self._runner, self._body, self._halt = runner, body, halt
+        self.repo, self._ref, self._commit = seen.repo, f"{claims_prefix(runner.config)}{number}", seen.commit
+        self.path = runner.folder / str(number) / "claim"
+        self.nonce = str(seen.record.get("nonce") or secrets.token_hex(8))
+        self.epoch, self.attempt = seen.record.get("epoch", 0) + 1, seen.record.get("attempt", 0) + 1
+        self.held, self.lost = False, ""
+        self._made: set[str] = set()
+        self._moving = threading.Lock()
+        self._over = threading.Event()
+        self._renewed = runner.clock.monotonic()
+
+    def take(self) -> bool:
+        """Gets hold of the issue; False if somebody else was faster, or its holder has stirred."""
+        write_repository(self.path)
+        try:
+            self._move(Git(self._runner.config, self._halt), self._runner.patiently)
+        except RefMoved:
+            return False
+        self.held = True
+        threading.Thread(target=self._keep, name=f"claim-{self._ref}", daemon=True).start()
+        return True
+
+    def check(self) -> None:
+        """Raises ClaimLost if the issue may be another runner's by now."""
+        late = self._runner.clock.monotonic() - self._renewed
+        if not self.lost and late > self._runner.config.lease * 2 / 3:
+            self._lose(f"it was not renewed for {duration(late)}")
+        if self.lost:
+            raise ClaimLost(self.lost)
+
+    def publish(self, ref: str, old: str, new: str, git_dir: Path) -> None:
+        """Moves a branch, and the claim with it, both or neither: who has lost the claim cannot publish. It is not to
+        be cut short, so that what is told of it is true."""
+        self._move(Git(self._runner.config), self._runner.patiently, {ref: (old, new)}, git_dir)
+
+    def renew(self) -> None:
+        limit = min(CLAIM_TIMEOUT, self._runner.config.lease / 3)
+        self._move(Git(self._runner.config), lambda step: step(), timeout=limit)
+
+    def release(self) -> None:
+        """Lets go of the issue. What fails here heals: a claim that nobody renews is taken over."""
+        self._over.set()
+        briefly = functools.partial(patiently, clock=self._runner.clock, stop=threading.Event(), patience=8)
+        git = Git(self._runner.config)
+        try:
+            with self._moving:
+                away = {self._ref: (self._commit, "")}
+                if self.held and not self.lost:
+                    briefly(lambda: git.push(self.repo, away, self.path, CLAIM_TIMEOUT))
+        except RunnerError as error:
+            log.warning("%s is not released: %s", self._ref, error)
+        self.close()
+
+    def close(self) -> None:
+        """Ends the renewals, and deletes what is on the disk."""
+        self._over.set()
+        self.held = False
+        remove_tree(self.path.parent)
+
+    def _keep(self) -> None:
+        """Renews the claim until it is over; in a thread of its own."""
+        lease, pause = self._runner.config.lease, 1 / 3
+        while not self._runner.clock.wait(self._over, lease * pause) and not self.lost:
+            try:
+                self.renew()
+                pause = 1 / 3
+            except RunnerError as error:
+                log.warning("%s is not renewed: %s", self._ref, error)
+                pause = 1 / 20
+
+    def _move(
+        self, git: Git, patience: Callable[[Callable[[], None]], None],
+        branch: Mapping[str, tuple[str, str]] | None = None, git_dir: Path | None = None, timeout: float = GIT_TIMEOUT
+    ) -> None:  # fmt: skip
+        """Moves the ref on to a new record, and a branch with it. Raises ClaimLost, or RefMoved for the branch."""
+
+        def step() -> None:
+            if self.held:
+                self.check()
+            begun = self._runner.clock.monotonic()
+            moves = {self._ref: (self._commit, new), **(branch or {})}
+            try:
+                git.push(self.repo, moves, git_dir or self.path, timeout)
+            except RefMoved as moved:
+                if moved.ref != self._ref or not self.held:
+                    raise
+                if moved.at not in self._made:
+                    self._lose("another runner has it")
+                    self.check()
+                self._commit = moved.at  # an earlier push got through, and its answer did not
+                raise Unreachable(f"{self._ref} was renewed late") from None
+            self._commit, self._renewed = new, begun
+
+        with self._moving:
+            if self._over.is_set():
+                return
+            new = self._record()
+            self._made.add(new)
+            patience(step)
+
+    def _record(self) -> str:
+        """A commit with what is to be known of the claim. A child of the last one, so that it is another each time."""
+        runner = self._runner
+        record = {"runner": runner.id, "nonce": self.nonce, "epoch": self.epoch, "attempt": self.attempt}
+        record |= {"time": utc(runner.clock.now()), "body": self._body}
+        parent = ("-p", self._commit) if self.held else ()
+        return write_record(Git(runner.config), self.path, record, *parent)
+
+    def _lose(self, why: str) -> None:
+        self.lost = self.lost or why
+        self._halt.set()
 
 
 # -- process_task: what changes the files. Two are built in; anything else is a plug-in. -----------
@@ -1423,40 +1773,93 @@ STOPPED = "The runner was stopped. The task is queued, and starts over when it i
 
 
 class Attempt:
-    """The attempts at one issue, each from reading it again to the comment that ends it. What GitHub holds already of
-    this task is found and used, never made twice. `due` is when the next one may begin, on the monotonic clock."""
+    """The attempts at one issue by this runner, while it holds the claim: each from reading the issue again to the
+    comment that ends it. What GitHub holds already of this run is found and used, never made twice. `halt` ends the
+    agent and git; `due` is when the next attempt may begin, on the monotonic clock."""
 
     def __init__(self, runner: Runner, number: int) -> None:
-        self._runner, self._config, self._github = runner, runner.config, runner.github
-        self._run = secrets.token_hex(8)
-        self.number, self.attempt, self.due, self.faults = number, 1, 0.0, 0
+        self._runner, self._config = runner, runner.config
+        self.number, self.due, self.halt = number, 0.0, threading.Event()
+        row = runner.queue.waiting.get(number)
+        seen = runner.seen.get(number) or Seen(row.repo if row else self._config.target_repo, "", 0, {})
+        self.claim = Claim(runner, number, seen, row.body if row else "", self.halt)
         self.settled = ""  # when the issue was changed last, once it is known what becomes of it
-        self._since = ""  # the same as it was at the first reading
-        self._ours = False  # whether its label `agent-processing` was put there from here
+        self._updated = row.updated if row else ""
+        self._refused: TaskFailed | None = None  # why the target cannot be had
+        self._run, self._again = self.claim.nonce, bool(seen.record)  # whether some of it may have been done
+        self._git = Git(self._config, self.halt)
         self._comment: int | None = None
+        self._cancelled, self._etag = "", ""
+
+    @property
+    def _github(self) -> GitHub:
+        """The way to GitHub, as long as the issue is this runner's."""
+        self.claim.check()
+        return self._runner.github
 
     def run(self) -> str:
-        """The whole story: how it ended, as "done", "failed", "retry", "stopped" or "skipped". Raises what makes it
-        impossible to tell it on the issue."""
-        self._begun = self._runner.clock.monotonic()
-        if (issue := self._read_again()) is None:
-            return "skipped"
-        task = parse_task(issue, self._config, self.attempt)
-        # Outside the `try`: a runner that may not label must not comment either, poll after poll.
-        self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
-        self._ours, self.settled = True, str(issue["updated_at"])
+        """One attempt: how it ended, as "done", "failed", "retry", "cancelled", "stopped", "skipped", "held" (another
+        runner has the issue) or "dropped" (it has it now). Raises what makes it impossible to tell it on the issue;
+        the claim stays then until somebody takes it over."""
+        self._begun, outcome = self._runner.clock.monotonic(), "dropped"
+        try:
+            if self.claim.held:
+                self.claim.attempt += 1
+                self.claim.renew()
+            elif not self._take():
+                return "held"
+            outcome = self._attempt()
+            if outcome != "retry":
+                self.claim.release()
+        except ClaimLost as lost:
+            log.warning("issue=%d dropped, for the claim is lost: %s", self.number, lost)
+        finally:
+            if outcome != "retry":
+                self.claim.close()
+        return outcome
+
+    def _take(self) -> bool:
+        try:
+            return self.claim.take()
+        except TaskFailed as refused:
+            usual = self._config.target_repo
+            if self.claim.repo.lower() == usual.lower():
+                raise
+            # The issue is to be told, by one runner: so it is claimed where claims are possible.
+            self._refused = refused
+            self.claim = Claim(self._runner, self.number, Seen(usual, "", 0, {}), "", self.halt)
+            return self.claim.take()
+
+    def _attempt(self) -> str:
+        """The story, once the issue is claimed."""
+        try:
+            if (issue := self._read_again()) is None:
+                return "skipped"
+            task = parse_task(issue, self._config, self.claim.attempt)
+            if not self._refused and claim_repo(task, self._config).lower() != self.claim.repo.lower():
+                return "skipped"  # it was edited, and is claimed in its new target next time
+            # Outside the `try` below: a runner that may not label must not comment either, poll after poll.
+            self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
+        except RunnerError:
+            self.claim.release()  # nothing has been done yet
+            raise
         try:
             check_task(task, self._config)
-            log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, self.attempt, task.target_repo)
-            self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {self.attempt}.")
+            if self._refused:
+                raise self._refused
+            log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, task.attempt, task.target_repo)
+            self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}.")
             pull = self._carry_out(task)
         except Stopping:
-            self.release(STOPPED)
-            return "stopped"
+            self.claim.check()
+            self.release(self._cancelled or STOPPED)
+            return "cancelled" if self._cancelled else "stopped"
         except TaskRetry as retry:
             return self._retry(task, retry)
         except TaskFailed as failure:
             return self._failed(task, failure)
+        except ClaimLost:
+            raise
         except Exception:
             log.exception("issue=%d a fault of the runner", self.number)
             return self._failed(task, TaskFailed("The runner met a fault; its log says more."))
@@ -1466,69 +1869,106 @@ class Attempt:
         return "done"
 
     def _read_again(self) -> dict[str, Any] | None:
-        """The issue as it is now, if it is still queued: a list can be old."""
+        """The issue as it is now, if it is still queued: a list can be old. If not, what is left of an earlier run is
+        put right."""
         try:
             issue = self._github.issue(self.number)
         except ApiRefused as refused:
             if refused.status not in (301, 404, 410, 451):
                 raise
             log.warning("issue=%d skipped: %s", self.number, refused)
+            self.settled = "" if refused.status == 404 else self._updated
             return None
-        self._since = self._since or str(issue["updated_at"])
-        if is_queued(issue, self._config, self._ours):
+        if is_queued(issue, self._config):
             return issue
         labels = ", ".join(label["name"] for label in issue["labels"]) or "none"
         log.warning("issue=%d skipped: it is %s, its labels: %s", self.number, issue["state"], labels)
         self.settled = str(issue["updated_at"])
-        if self._ours:
+        if has_label(issue, self._config.processing_label):
             self.release("It is not tried again: the issue was closed, or lost its label.")
         return None
 
+    def look_in(self) -> None:
+        """Ends the work if the issue was closed, or lost its label, since it began."""
+        try:
+            issue, self._etag = self._runner.github.changed(self.number, self._etag)
+        except RunnerError as error:
+            log.debug("issue=%d cannot be read: %s", self.number, error)
+            return
+        if issue and not is_wanted(issue, self._config):
+            what = "was closed" if issue["state"] != "open" else f"lost its label {code(self._config.task_label)}"
+            self._cancelled = f"Cancelled: the issue {what} while it was worked on. No pull request was opened."
+            self.settled = str(issue["updated_at"])
+            self.halt.set()
+
     def _carry_out(self, task: Task) -> dict[str, Any]:
         """Work, commit, push, pull request: what the task is about."""
-        runner, config = self._runner, self._config
-        mirror = Mirror(runner.git, config.state_dir, task.target_repo)
+        patiently, mirror = self._runner.patiently, Mirror(self._git, self._config, task.target_repo)
         base_ref, ref = f"refs/heads/{task.base}" if task.base else "HEAD", f"refs/heads/{task.branch}"
-        default, refs = runner.patiently(lambda: mirror.look(base_ref, ref))
-        base = task.base or default
+        default, refs = patiently(lambda: self._git.refs(task.target_repo, "HEAD", base_ref, ref))
+        base, old = task.base or default, refs.get(ref, "")
         if not base or base_ref not in refs:
             why = f"{task.target_repo} has no branch {code(base)}." if base else f"{task.target_repo} is empty."
             raise TaskFailed(why, f"Its default branch is {code(default)}." if default else "Push a first commit.")
-        commit = runner.patiently(lambda: mirror.fetch(f"refs/heads/{base}", refs[base_ref]))
-        if ref in refs:
-            published = runner.patiently(lambda: mirror.fetch(ref, refs[ref]))
-            summary, stat = "", self._adopt(task, mirror, commit, published)
-        else:
-            summary, stat = self._publish(task, mirror, base, commit)
-        wanted = {"title": pull_title(task), "base": base, "body": pull_body(task, base, summary, stat, self._run)}
-        return self._github.open_pull(task.target_repo, task.branch, wanted)
+        with mirror.use():
+            fetch = functools.partial(mirror.fetch, f"refs/heads/{base}", refs[base_ref])
+            unfinished = old and patiently(lambda: mirror.sound(lambda: self._unfinished(task, mirror, old)))
+            if unfinished:
+                commit = patiently(lambda: mirror.sound(fetch))
+                summary, stat = "", diffstat(self._git, mirror.path, commit, old)
+            else:
+                summary, stat = self._publish(task, mirror, base, fetch, old)
+        text = pull_body(task, base, summary, stat, self._run)
+        wanted = {"title": pull_title(task), "head": task.branch, "base": base, "body": text}
+        return self._github.open_pull(task.target_repo, wanted, step_marker(self._run, "pull"), bool(old))
 
-    def _publish(self, task: Task, mirror: Mirror, base: str, commit: str) -> tuple[str, str]:
+    def _publish(self, task: Task, mirror: Mirror, base: str, fetch: Callable[[], str], old: str) -> tuple[str, str]:
         """Runs `process_task` and pushes what it changed; its summary, and what it changed."""
-        runner, folder = self._runner, self._config.state_dir / "work" / self._run
-        checkout = Checkout(runner.git, mirror, folder, base, commit)
-        try:
+        if self.claim.attempt > self._config.max_attempts:
+            raise TaskFailed(
+                f"The runner broke off {self.claim.attempt - 1} attempts at this task; its log may say why."
+            )
+
+        def fill() -> Checkout:
+            lenders, folder = (mirror.path, self.claim.path), self.claim.path.parent / "run"
+            checkout = Checkout(self._git, lenders, folder, base, fetch())
             checkout.fill(task.branch)
-            summary, output = process_task(Work(task, checkout, self._config, runner.kill))
+            return checkout
+
+        checkout = self._runner.patiently(lambda: mirror.sound(fill))
+        try:
+            summary, output = process_task(Work(task, checkout, self._config, self.halt))
             if not (made := checkout.commit(commit_message(task, self._run), self._config)):
                 advice = "If there is something to change, say more precisely what and where."
                 raise TaskFailed("The agent changed nothing.", advice, output)
             log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
-            runner.patiently(lambda: checkout.push(made, task.branch, task.target_repo))
-            return summary, diffstat(runner.git, checkout.git_dir, commit, made)
+            stat = diffstat(self._git, checkout.git_dir, checkout.workspace.commit, made)
+            self.claim.publish(f"refs/heads/{task.branch}", old, made, checkout.git_dir)
+            return summary, stat
         finally:
-            checkout.remove()
+            remove_tree(checkout.folder)
 
-    def _adopt(self, task: Task, mirror: Mirror, commit: str, published: str) -> str:
-        """The branch is there: if an earlier run of this issue pushed it, all is well; what it changed."""
-        trailer = "--format=%(trailers:key=Dispatch-Issue,valueonly,separator=%x20)"
-        printed = self._runner.git("log", "--first-parent", "-200", trailer, published, "--", git_dir=mirror.path)
-        owner = (printed.split() or [""])[0]
+    def _unfinished(self, task: Task, mirror: Mirror, tip: str) -> bool:
+        """Whether the branch that is there is of a run of this issue that did not come to its end; then the rest is to
+        be done. If it did, somebody wants another run. Raises TaskFailed for a branch of somebody else."""
+        mirror.fetch(f"refs/heads/{task.branch}", tip)
+        trailers = [f"%(trailers:key={key},valueonly,separator=%x20)" for key in ("Dispatch-Issue", "Run")]
+        command = ("log", "--first-parent", "-200", f"--format=%H%x00{'%x00'.join(trailers)}", tip, "--")
+        commits = [line.split("\0") for line in self._git(*command, git_dir=mirror.path).splitlines()]
+        commit, owner, run = next((commit for commit in commits if commit[1]), ("", "", ""))
         if owner.lower() != task.reference.lower():
             whose = f"{task.target_repo} has a branch {code(task.branch)} of {owner or 'somebody else'}."
             raise TaskFailed(whose, "Give this task an id of its own, or delete the branch.")
+        told = self._github.find_comment(self.number, step_marker(run, "end")) if run != self.claim.nonce else None
+        # An issue that looks older than its end is a stale answer, and nobody's wish.
+        if told and told["created_at"] <= task.issue["updated_at"]:
+            if commit != tip:
+                why = f"Somebody has added commits to the branch {code(task.branch)}, which another run would replace."
+                raise TaskFailed(why, "Give this task an id of its own, or delete the branch.")
+            return False
         log.info("issue=%d task=%s was pushed before", self.number, task.slug)
-        return diffstat(self._runner.git, mirror.path, commit, published)
+        self._run, self._again = run, True
+        return True
 
     def _failed(self, task: Task, failure: TaskFailed) -> str:
         log.warning("issue=%d task=%s failed: %s", self.number, task.slug, failure.why)
@@ -1540,40 +1980,40 @@ class Attempt:
     def _close(self, task: Task, end: str, text: str, rows: Mapping[str, str], output: str = "") -> None:
         """The last comment, then the label: an issue with the label has its comment."""
         took = duration(self._runner.clock.monotonic() - self._begun)
-        rows = {"Task": code(task.task_id), **rows, "Attempt": str(self.attempt), "Duration": took}
+        rows = {"Task": code(task.task_id), **rows, "Attempt": str(task.attempt), "Duration": took}
         body = render_comment(self._run, "end", blocks(text, table(rows)), output, metadata_comment(task.metadata))
         try:
-            again = self.attempt + self.faults > 1
-            self._github.comment(self.number, body, step_marker(self._run, "end"), self._since, again)
+            self._github.comment(self.number, body, step_marker(self._run, "end"), self._again)
         except ApiRefused as refused:  # a conversation can be locked; the labels still tell the end
             log.error("issue=%d no comment: %s", self.number, refused)
         self._github.add_label(self.number, getattr(self._config, f"{end}_label"), LABELS[end])
         self._github.remove_label(self.number, self._config.processing_label)
+        self.settled = str(task.issue["updated_at"])
 
     def _retry(self, task: Task, retry: TaskRetry) -> str:
-        if self.attempt >= self._config.max_attempts:
-            return self._failed(task, TaskFailed(f"{retry.why} ({self.attempt} attempts)", "", retry.output))
-        clock, why = self._runner.clock, f"Attempt {self.attempt} did not work out: {harmless(retry.why)}"
-        pause = clock.jitter(RETRY_PAUSE * 2.0 ** (self.attempt - 1))
+        if task.attempt >= self._config.max_attempts:
+            return self._failed(task, TaskFailed(f"{retry.why} ({task.attempt} attempts)", "", retry.output))
+        clock, why = self._runner.clock, f"Attempt {task.attempt} did not work out: {harmless(retry.why)}"
+        pause = clock.jitter(RETRY_PAUSE * 2.0 ** (task.attempt - 1))
         log.warning("issue=%d task=%s again in %.0f s: %s", self.number, task.slug, pause, retry.why)
         self._say(blocks(why, f"It will be tried again in {duration(pause)}."), retry.output)
-        self.attempt, self.due = self.attempt + 1, clock.monotonic() + pause
+        self.due = clock.monotonic() + pause
         return "retry"
 
     def release(self, why: str) -> None:
         """Takes the issue out of work without an end."""
         self._github.remove_label(self.number, self._config.processing_label, last=True)
         log.info("issue=%d released: %s", self.number, why)
-        if self._comment is not None:
+        if self._comment or self._again:
             self._say(why)
 
     def _say(self, text: str, output: str = "") -> None:
         """The comment that tells how the task goes on: made once, edited from then on. The work does not hang on it."""
-        body = render_comment(self._run, "start", text, output)
+        body, known = render_comment(self._run, "start", text, output), self._comment
         try:
-            if self._comment is None:
-                self._comment = self._github.comment(self.number, body, step_marker(self._run, "start"), self._since)
-            else:
+            marker = step_marker(self._run, "start")
+            self._comment = known or self._github.comment(self.number, body, marker, self._again)
+            if known or self._again:
                 self._github.edit_comment(self._comment, body)
         except (ApiRefused, Unreachable) as error:
             log.warning("issue=%d no comment: %s", self.number, error)
@@ -1584,26 +2024,29 @@ class Attempt:
 
 class Runner:
     """The daemon: hands queued issues to AGENT_MAX_CONCURRENT workers, oldest first. `stop` ends the admission of
-    work and every wait for GitHub, `kill` ends the agents, `wake` ends the wait for the next tick."""
+    work and every wait for GitHub, `kill` ends the agents, `wake` ends the wait for the next tick. `seen` are the
+    claims of all runners."""
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self.config, self.clock = config, clock or Clock()
         self.stop, self.kill, self.wake = threading.Event(), threading.Event(), threading.Event()
         self.github = GitHub(config, self.clock, self.stop)
-        self.git = Git(config, self.kill)
         self.patiently = functools.partial(patiently, clock=self.clock, stop=self.stop)
         self.queue = Queue(config, self.github)
+        self.seen: dict[int, Seen] = {}
+        self.folder, self._lock = take_folder(config.state_dir / "work")
+        # A second process on the same state folder is another runner.
+        self.id = config.runner_id + (f"/{self.folder.name}" if self.folder.name != "0" else "")
         self.outcomes: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="task")
         self._running: dict[Future[str], Attempt] = {}
         self._again: list[Attempt] = []
-        self._next_poll = self.clock.monotonic()
+        self._next_poll = self._next_look = self.clock.monotonic()
         self._polls_failed = 0
-        self._daemon = False
+        self._first_look = True
 
     def run_forever(self) -> None:
         """Works until `stop` is set, then lets what runs come to an end."""
-        self._daemon = True
         log.info("watching %s for the label %s", self.config.dispatch_repo, self.config.task_label)
         while not self.stop.is_set():
             try:
@@ -1618,13 +2061,16 @@ class Runner:
         if issue is None:
             self.queue.poll()
         else:
-            self.queue.waiting[issue] = ""
+            self.queue.waiting[issue] = Row.of(self.github.issue(issue), self.config)
         while not self.stop.is_set():
             self._collect()
-            self._admit()
+            self._look_around()
+            self._admit(issue)
             if not self._running and not self._again:
                 break
-            self._rest(self.clock.monotonic() + self.config.poll_interval)
+            self._rest(self._next_look)
+        if issue is not None and not self.outcomes:
+            log.warning("issue=%d is in the hands of another runner, or was until a short time ago", issue)
         self._drain()
 
     def tick(self) -> None:
@@ -1632,24 +2078,25 @@ class Runner:
         one is soon, then less and less soon."""
         self._collect()
         if self.clock.monotonic() >= self._next_poll:
-            self._next_poll = self.clock.monotonic() + self.config.poll_interval
+            self._next_poll = self.clock.monotonic() + self.github.poll_pause(self.config.poll_interval)
             try:
                 self.queue.poll()
                 self._polls_failed = 0
             except Stopping:
-                pass
+                return
             except RunnerError as error:
                 self._polls_failed += 1
                 pause = self.clock.jitter(min(self.config.poll_interval, 2.0 ** min(self._polls_failed, 10)))
                 log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
                 self._next_poll = self.clock.monotonic() + pause
+        self._look_around()
         self._admit()
 
     def request_stop(self, now: bool = False) -> None:
         """Begins the end; `now` ends the agents as well."""
-        if now:
-            self.kill.set()
         self.stop.set()
+        if now:
+            self._end_work()
         self.wake.set()
 
     def request_poll(self) -> None:
@@ -1657,15 +2104,62 @@ class Runner:
         self._next_poll = self.clock.monotonic()
         self.wake.set()
 
-    def _admit(self) -> None:
+    def _end_work(self) -> None:
+        self.kill.set()
+        for attempt in list(self._running.values()):
+            attempt.halt.set()
+
+    def _look_around(self) -> None:
+        """Three times a lease: which issues in work are not wanted any more, and which claims are there. The claim of
+        an earlier life of this runner may be taken over at once."""
+        now = self.clock.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + self.config.lease / 3
+        for attempt in list(self._running.values()):
+            attempt.look_in()
+        mirrors = (f"{path.parent.name}/{path.stem}" for path in self.config.state_dir.glob("repos/*/*.git"))
+        rows = list(self.queue.waiting.values())
+        names = (*filter(self.config.allows_target, mirrors), *(row.repo for row in rows), self.config.target_repo)
+        found: dict[int, Seen] = {}
+        failed = False
+        for repo in {name.lower(): name for name in names}.values():
+            try:
+                claims = read_claims(Git(self.config, self.stop), self.config, repo, self.folder / "claims")
+            except RunnerError as error:
+                log.warning("cannot read the claims in %s: %s", repo, error)
+                failed = True
+                found |= {number: seen for number, seen in self.seen.items() if seen.repo == repo}
+                continue
+            for number, (commit, record) in claims.items():
+                mine = self._first_look and record.get("runner") == self.id
+                found[number] = self._see(number, Seen(repo, commit, -self.config.lease if mine else 0, record))
+        for row in rows:
+            if row.processing and row.number not in found:  # a crash, or a person; wait for a lease as well
+                found[row.number] = self._see(row.number, Seen(row.repo, "", 0, {}))
+        self.seen, self._first_look = found, self._first_look and failed
+
+    def _see(self, number: int, seen: Seen) -> Seen:
+        """The same with the time since when it is so."""
+        before = self.seen.get(number)
+        same = before is not None and before.commit == seen.commit
+        return before if before and same else seen._replace(since=self.clock.monotonic() + seen.since)
+
+    def _is_free(self, number: int) -> bool:
+        """Whether nobody has the issue, or who has it has not stirred for a lease."""
+        if seen := self.seen.get(number):
+            return self.clock.monotonic() - seen.since >= self.config.lease
+        return not self.queue.waiting[number].processing
+
+    def _admit(self, only: int | None = None) -> None:
         """Starts as much of what is due as there are free workers, oldest first."""
         now = self.clock.monotonic()
         known = {attempt.number for attempt in (*self._running.values(), *self._again)}
+        numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known)
         ready = [attempt for attempt in self._again if attempt.due <= now]
-        ready += [Attempt(self, number) for number in sorted(self.queue.waiting.keys() - known)]
+        ready += [Attempt(self, number) for number in numbers if self._is_free(number) and only in (None, number)]
         for attempt in ready[: self.config.max_concurrent - len(self._running)]:
             self._again = [other for other in self._again if other is not attempt]
-            self.queue.waiting.pop(attempt.number, None)
             future = self._pool.submit(self._attempt, attempt)
             self._running[future] = attempt
             future.add_done_callback(lambda _: self.wake.set())
@@ -1673,34 +2167,34 @@ class Runner:
     def _attempt(self, attempt: Attempt) -> str:
         """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""
         try:
-            return attempt.run()
+            return "stopped" if self.kill.is_set() else attempt.run()
         except Stopping:
             return "stopped"
-        except Unreachable as error:
+        except RunnerError as error:
             if self.stop.is_set():
                 return "stopped"
-            attempt.faults, attempt.due = attempt.faults + 1, self.clock.monotonic() + RETRY_PAUSE
-            log.error("issue=%d is taken up again later: %s", attempt.number, error)
-            return "retry" if self._daemon or attempt.faults < self.config.max_attempts else "failed"
-        except RunnerError as error:
-            log.error("issue=%d cannot be told how it ended: %s", attempt.number, error.told)
+            log.error("issue=%d is left for later: %s", attempt.number, error.told)
         except Exception:
             log.exception("issue=%d a fault of the runner", attempt.number)
         return "failed"
 
     def _collect(self) -> None:
-        """Takes note of the attempts that have ended."""
+        """Takes note of the attempts that have ended. What is not settled waits until the claims are read again."""
         for future in [future for future in self._running if future.done()]:
             attempt, outcome = self._running.pop(future), future.result()
             if outcome == "retry":
                 self._again.append(attempt)
-            else:
-                self.outcomes[outcome] += 1
-                if attempt.settled:
-                    self.queue.handled(attempt.number, attempt.settled)
+                continue
+            self.outcomes[outcome] += 1
+            self.seen.pop(attempt.number, None)
+            if attempt.settled:
+                self.queue.handled(attempt.number, attempt.settled)
+            elif attempt.number in self.queue.waiting:
+                self.seen[attempt.number] = Seen(attempt.claim.repo, "?", self.clock.monotonic(), {})
 
     def _rest(self, until: float) -> None:
         """Waits for the next thing to do, or for somebody who knows of one."""
+        until = min(until, self._next_look)
         if len(self._running) < self.config.max_concurrent:
             until = min([until, *(attempt.due for attempt in self._again)])
         self.clock.wait(self.wake, max(0.0, until - self.clock.monotonic()))
@@ -1716,12 +2210,15 @@ class Runner:
             self.clock.wait(self.wake, deadline - self.clock.monotonic())
             self.wake.clear()
             self._collect()
-        self.kill.set()
+        self._end_work()
         self._pool.shutdown()
         self._collect()
         for attempt in self._again:
             with contextlib.suppress(RunnerError):
                 attempt.release(STOPPED)
+            attempt.claim.release()
+        remove_tree(self.folder)
+        self._lock.close()
 
 
 # -- The command line. -----------------------------------------------------------------------------
@@ -1765,14 +2262,20 @@ def check_repository(config: Config, repo: str) -> str:
         raise TaskFailed(f"{repo}: issues are off", "Turn them on in its settings.")
     if repo != config.target_repo:
         return f"{repo}: the token's user may write"
-    branch, _ = Mirror(Git(config), config.state_dir, repo).look()
+    git, probe = Git(config), f"{claims_prefix(config)}check-{secrets.token_hex(4)}"
+    branch, _ = git.refs(repo, "HEAD")
     if not branch:
         raise TaskFailed(f"{repo} is empty", "Push a first commit.")
-    return f"{repo}: the token's user may write, and git reads the branch {branch}"
+    with tempfile.TemporaryDirectory(dir=config.state_dir) as name:
+        write_repository(folder := Path(name))
+        commit = write_record(git, folder, {})
+        git.push(repo, {probe: ("", commit)}, folder)
+        git.push(repo, {probe: (commit, "")}, folder)
+    return f"{repo}: git reads the branch {branch}, and may push"
 
 
 def examine(config: Config) -> int:
-    """Tries what a task will need without changing anything on GitHub; the exit code."""
+    """Tries what a task will need, a claim included, which it takes back; the exit code."""
     repos, code = dict.fromkeys((config.dispatch_repo, config.target_repo)), 0
     checks: list[Callable[[Config], str]] = [functools.partial(check_repository, repo=repo) for repo in repos]
     for check in (check_machine, check_agent, *checks):
@@ -1800,6 +2303,12 @@ class _Format(logging.Formatter):
 
 def run(config: Config, once: bool, issue: int | None) -> int:
     """The daemon, or one round of it; the exit code."""
+    try:
+        check_machine(config)
+        check_agent(config)
+    except TaskFailed as problem:
+        log.error("cannot start: %s", problem.told)
+        return 2
     runner = Runner(config)
 
     def act(number: int, _frame: object) -> None:
@@ -1809,12 +2318,6 @@ def run(config: Config, once: bool, issue: int | None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, act)
-    try:
-        check_machine(config)
-        check_agent(config)
-    except TaskFailed as problem:
-        log.error("cannot start: %s", problem.told)
-        return 2
     if not once and issue is None:
         runner.run_forever()
         return 0
@@ -1825,8 +2328,8 @@ def run(config: Config, once: bool, issue: int | None) -> int:
     except RunnerError as error:
         log.error("cannot read the queue: %s", error.told)
         return 1
-    bad = runner.outcomes.keys() - ({"done", "skipped"} if once else {"done"})
-    return 1 if bad or runner.stop.is_set() else 0
+    good = not runner.outcomes.keys() & {"failed", "stopped"} if once else runner.outcomes["done"] > 0
+    return 0 if good and not runner.stop.is_set() else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,17 +37,17 @@ class FakeClock(Clock):
     """A clock that stands still until somebody waits; then it is later at once."""
 
     def __init__(self) -> None:
-        self.now = 1_000_000.0
+        self.at = 1_000_000.0
         self.waits: list[float] = []
 
-    def time(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self.at
 
     def monotonic(self) -> float:
-        return self.now
+        return self.at
 
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        self.at += seconds
         if seconds:
             self.waits.append(seconds)
 
@@ -111,13 +111,15 @@ class World:
 
     def __init__(self, github: StandIn, folder: Path) -> None:
         self.github, self.folder = github, folder
+        self.runners: list[Runner] = []
         self.env = github.settings(DISPATCH, TARGET, folder / "state") | {"AGENT_WRITE_INTERVAL": "0"}
 
     def config(self, **env: str) -> Config:
         return Config.from_env(self.env | env)
 
     def runner(self, clock: Clock | None = None, **env: str) -> Runner:
-        return Runner(self.config(**env), clock)
+        self.runners.append(Runner(self.config(**env), clock))
+        return self.runners[-1]
 
     def run_once(self, **env: str) -> Runner:
         """One poll and its tasks, in this process."""
@@ -168,7 +170,11 @@ def world(tmp_path: Path) -> Iterator[World]:
     with StandIn(tmp_path / "github", check=check_request) as github:
         github.add_repository(DISPATCH)
         github.add_repository(TARGET, files={"README.md": "# Widgets\n", "src/app.py": "print(1)\n"})
-        yield World(github, tmp_path)
+        world = World(github, tmp_path)
+        yield world
+        for runner in world.runners:
+            runner.request_stop(now=True)
+            runner._drain()
         assert github.problems == []
 
 

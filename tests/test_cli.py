@@ -265,7 +265,7 @@ def test_check_finds_everything_in_place(world: World) -> None:
     code, out, err = finish(world.start("--check"))
     assert (code, err) == (0, ""), out
     assert "✗" not in out
-    assert f"✓ {TARGET}: the token's user may write, and git reads the branch main" in out
+    assert f"✓ {TARGET}: git reads the branch main, and may push" in out
     assert world.requests("POST") == []
 
 

@@ -27,7 +27,7 @@ class Client:
 
     def comment(self, number: int, run: str = "r1") -> int:
         marker = f"<!-- agent-runner run={run} step=end -->"
-        return self.github.comment(number, f"Done.\n\n{marker}", marker, "2020-01-01T00:00:00Z")
+        return self.github.comment(number, f"Done.\n\n{marker}", marker, again=False)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_limit_without_headers_is_waited_out_twice_as_long_each_time(world: Wo
 
 
 def test_a_used_up_quota_is_waited_out_by_the_servers_clock(world: World, client: Client) -> None:
-    client.clock.now -= 86_400  # a clock that is a day off
+    client.clock.at -= 86_400  # a clock that is a day off
     world.github.rate_remaining = 0
     world.github.rate_reset = int(world.github.now()) + 500
 
@@ -200,8 +200,12 @@ def branch(world: World) -> str:
     return "agent-task-1"
 
 
-def pull_fields() -> dict[str, str]:
-    return {"title": "Agent task: x", "base": "main", "body": "text"}
+MARKER = "<!-- agent-runner run=r1 step=pull -->"
+
+
+def open_pull(client: Client, branch: str, marker: str = MARKER, again: bool = False) -> dict[str, Any]:
+    fields = {"title": "Agent task: x", "base": "main", "head": branch, "body": f"text {marker}"}
+    return client.github.open_pull(TARGET, fields, marker, again)
 
 
 @pytest.mark.parametrize("fault", [{}, {"drop": "before"}, {"drop": "after"}, {"status": 500}])
@@ -210,28 +214,36 @@ def test_a_pull_request_is_opened_once_whatever_becomes_of_the_answer(
 ) -> None:
     if fault:
         world.github.faults.append(Fault(method="POST", path=".*/pulls", **fault))
-    pull = client.github.open_pull(TARGET, branch, pull_fields())
+    pull = open_pull(client, branch)
     assert pull["number"] == world.pull().number
 
 
 def test_an_open_pull_request_is_adopted(world: World, client: Client, branch: str) -> None:
-    first = client.github.open_pull(TARGET, branch, pull_fields())
-    again = client.github.open_pull(TARGET, branch, pull_fields())
+    first = open_pull(client, branch)
+    again = open_pull(client, branch)
     assert first["number"] == again["number"] == world.pull().number
 
 
 def test_a_closed_pull_request_is_not_adopted(world: World, client: Client, branch: str) -> None:
-    first = client.github.open_pull(TARGET, branch, pull_fields())
+    first = open_pull(client, branch)
     client.github.request("PATCH", f"/repos/{TARGET}/pulls/{first['number']}", {"state": "closed"})
-    assert client.github.find_pull(TARGET, branch) is None
-    assert client.github.open_pull(TARGET, branch, pull_fields())["number"] != first["number"]
+    other = open_pull(client, branch, MARKER.replace("r1", "r2"), again=True)
+    assert other["number"] != first["number"]
+    assert open_pull(client, branch, again=True)["number"] == first["number"]  # but the run's own is
+
+
+def test_an_open_pull_request_of_another_run_gets_the_new_text(world: World, client: Client, branch: str) -> None:
+    first = open_pull(client, branch)
+    marker = MARKER.replace("r1", "r2")
+    assert open_pull(client, branch, marker, again=True)["number"] == first["number"]
+    assert world.pull_body() == f"text {marker}"
 
 
 def test_what_else_is_wrong_with_a_pull_request_is_told(world: World, client: Client) -> None:
     world.github.commit(TARGET, {"x": "y"})
     world.github.git(TARGET, "branch", "same", "main")
     with pytest.raises(ApiRefused, match="No commits between"):
-        client.github.open_pull(TARGET, "same", pull_fields())
+        open_pull(client, "same")
 
 
 def test_a_moved_repository_is_followed_with_method_and_body(world: World, client: Client) -> None:
@@ -313,7 +325,7 @@ def test_a_comment_that_may_be_there_is_looked_for_first(world: World, client: C
     number = world.open()
     first = client.comment(number)
     marker = "<!-- agent-runner run=r1 step=end -->"
-    again = client.github.comment(number, f"Done.\n\n{marker}", marker, "2020-01-01T00:00:00Z", again=True)
+    again = client.github.comment(number, f"Done.\n\n{marker}", marker, again=True)
     assert again == first
     assert len(world.issue(number).comments) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "GITHUB_API_URL": ("api_url", "https://api.github.com"),
     "GITHUB_SERVER_URL": ("server_url", "https://github.com"),
     "AGENT_DISPATCH_REPO": ("dispatch_repo", "endomorphosis/lift_coding_dispatch"),
+    "GITHUB_TOKEN_FILE": ("token_file", None),
     "AGENT_TARGET_REPO": ("target_repo", "endomorphosis/lift_coding"),
     "AGENT_ALLOWED_TARGETS": ("allowed_targets", ("endomorphosis/lift_coding",)),
     "AGENT_ALLOWED_AUTHORS": ("allowed_authors", ()),
@@ -31,6 +33,10 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "AGENT_TASK_TIMEOUT": ("task_timeout", 1800),
     "AGENT_MAX_ATTEMPTS": ("max_attempts", 3),
     "AGENT_MAX_CONCURRENT": ("max_concurrent", 1),
+    "AGENT_LEASE": ("lease", 600),
+    "AGENT_RUNNER_ID": ("runner_id", f"{socket.gethostname()}:{Path.cwd() / '.agent-runner'}"),
+    "AGENT_CLAIM_REFS": ("claim_refs", "refs/agent-runner/claims"),
+    "AGENT_DISK_BUDGET_MB": ("disk_budget", 10240),
     "AGENT_DRAIN_SECONDS": ("drain_seconds", 30),
     "AGENT_WRITE_INTERVAL": ("write_interval", 1),
     "AGENT_STATE_DIR": ("state_dir", Path.cwd() / ".agent-runner"),
@@ -70,6 +76,12 @@ BAD = [
     ("AGENT_MAX_ATTEMPTS", "2.5", "whole number"),
     ("AGENT_MAX_CONCURRENT", "-1", "whole number"),
     ("AGENT_DRAIN_SECONDS", "-1", "0 or more"),
+    ("AGENT_LEASE", "2.9", "3 or more"),
+    ("AGENT_CLAIM_REFS", "agent-claims", "start of a ref"),
+    ("AGENT_CLAIM_REFS", "refs/heads/../x", "start of a ref"),
+    ("AGENT_DISK_BUDGET_MB", "10G", "whole number"),
+    ("GITHUB_TOKEN_FILE", "/nonexistent", "cannot be read"),
+    ("GITHUB_TOKEN_FILE", "/dev/null", "holds no token"),
     ("AGENT_WRITE_INTERVAL", "-0.1", "0 or more"),
     ("AGENT_MAX_CHANGED_FILES", "many", "whole number"),
     ("AGENT_MAX_CHANGED_BYTES", "10MB", "whole number"),
@@ -173,7 +185,7 @@ def test_all_bad_variables_are_named_at_once() -> None:
 
 
 def test_a_missing_token_is_said_beside_what_else_is_wrong() -> None:
-    with pytest.raises(ConfigError, match=r"(?s)GITHUB_TOKEN is not set.*AGENT_MAX_ATTEMPTS"):
+    with pytest.raises(ConfigError, match=r"(?s)AGENT_MAX_ATTEMPTS.*GITHUB_TOKEN is not set"):
         Config.from_env({"AGENT_MAX_ATTEMPTS": "none"})
 
 
@@ -310,3 +322,28 @@ def test_targets_are_allowed_by_pattern_whatever_their_case(allowed: str, repo: 
 def test_the_commit_address_follows_the_server() -> None:
     config = make_config({"GITHUB_SERVER_URL": "https://git.example.org:8443/"})
     assert config.commit_email == "agent-runner@noreply.git.example.org"
+
+
+def test_a_token_in_a_file_is_read_when_it_is_needed_and_all_that_were_there_stay_secret(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("ghs_first0123456789\n")
+    config = Config.from_env({"GITHUB_TOKEN_FILE": str(file)})
+    assert config.token == "ghs_first0123456789"
+    file.write_text("ghs_second123456789\n")
+    assert config.token == "ghs_second123456789"
+    assert config.masked("ghs_first0123456789 ghs_second123456789") == "*** ***"
+    for broken in ("", "half a tok"):  # as it is while somebody writes it
+        file.write_text(broken)
+        assert config.token == "ghs_second123456789"
+    file.unlink()
+    assert config.token == "ghs_second123456789"
+
+
+def test_two_tokens_are_one_too_many(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    said = problems(GITHUB_TOKEN=TOKEN, GITHUB_TOKEN_FILE=str(tmp_path / "token"))
+    assert "GITHUB_TOKEN and GITHUB_TOKEN_FILE are both set" in said
+
+
+def test_the_agent_is_not_given_the_place_of_the_token() -> None:
+    assert "AGENT_ENV must not name GITHUB_TOKEN_FILE" in problems(AGENT_ENV="GITHUB_TOKEN_FILE")

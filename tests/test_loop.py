@@ -140,8 +140,8 @@ def test_a_failed_poll_is_repeated_less_and_less_soon(world: World) -> None:
     times = []
     for _ in range(9):
         runner.tick()
-        times.append(runner._next_poll - clock.now)
-        clock.now = runner._next_poll
+        times.append(runner._next_poll - clock.at)
+        clock.at = runner._next_poll
     assert times == [2, 4, 8, 16, 32, 60, 60, 60, 60]
     assert runner._polls_failed == 0
 
@@ -174,7 +174,7 @@ def test_a_fault_in_a_tick_does_not_end_the_daemon(
 def test_a_fault_in_a_worker_is_logged_and_the_task_left(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("runner.parse_task", lambda *_: 1 / 0)
+    monkeypatch.setattr("runner.Attempt._read_again", lambda _: 1 / 0)
     world.open(PATCH)
     runner = world.run_once()
     assert runner.outcomes == {"failed": 1}

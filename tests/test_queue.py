@@ -161,18 +161,21 @@ def test_pull_requests_in_the_list_are_skipped(world: World, queue: Queue) -> No
     assert queue.waiting == {}
 
 
-@pytest.mark.parametrize("label", ["agent-processing", "agent-done", "agent-failed", "AGENT-DONE"])
+@pytest.mark.parametrize("label", ["agent-done", "agent-failed", "AGENT-DONE"])
 def test_an_issue_with_a_state_label_is_not_queued(world: World, queue: Queue, label: str) -> None:
     world.open(labels=("copilot-agent", label))
     queue.poll()
     assert queue.waiting == {}
 
 
-def test_an_issue_leaves_the_queue_when_somebody_else_takes_it(world: World, queue: Queue) -> None:
+def test_an_issue_that_is_in_work_somewhere_stays_in_the_queue_until_it_is_over(world: World, queue: Queue) -> None:
     number = world.open()
     queue.poll()
-    assert set(queue.waiting) == {number}
+    assert not queue.waiting[number].processing
     world.github.add_label(DISPATCH, number, "agent-processing")
+    queue.poll()
+    assert queue.waiting[number].processing
+    world.github.add_label(DISPATCH, number, "agent-done")
     queue.poll()
     assert queue.waiting == {}
 
@@ -180,7 +183,7 @@ def test_an_issue_leaves_the_queue_when_somebody_else_takes_it(world: World, que
 def test_a_list_that_lags_behind_does_not_bring_an_issue_back(world: World, queue: Queue, time: Time) -> None:
     number = world.open()
     queue.poll()
-    queue.handled(number, queue.waiting.pop(number))
+    queue.handled(number, queue.waiting[number].updated)
     queue.poll()
     assert queue.waiting == {}
     time.now += 60

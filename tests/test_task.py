@@ -202,11 +202,11 @@ def test_an_empty_target_is_told(world: World) -> None:
 
 
 def test_a_stranger_is_refused_and_his_metadata_not_read(world: World) -> None:
-    world.open(dispatch_body(), author="mallory", association="NONE")
-    world.run_once()
+    world.open(dispatch_body(target_repo="acme/gadgets"), author="mallory", association="NONE")
+    world.run_once(AGENT_ALLOWED_TARGETS="acme/*")
     assert "`mallory` may not give work" in failed(world)
     assert metadata_of(world.last_comment()) == {"task_id": "issue-1"}
-    assert [r for r in world.github.log if r.kind == "git"] == []
+    assert {r.path.split(".git/")[0] for r in world.github.log if r.kind == "git"} == {f"/{TARGET}"}
 
 
 def test_a_listed_author_is_served(world: World) -> None:
@@ -289,11 +289,13 @@ def test_an_instruction_too_long_for_an_argument_is_told(world: World) -> None:
     assert "cannot be started: Argument list too long" in failed(world)
 
 
-def test_a_change_that_may_not_be_pushed_is_told(world: World) -> None:
+def test_a_runner_that_may_not_push_takes_no_issue_and_says_why(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.github.push_denied.add(TARGET)
     world.open(dispatch_body())
-    world.run_once()
-    assert "cannot be read or pushed to" in failed(world)
+    assert world.run_once().outcomes == {"failed": 1}
+    assert world.labels() == ["copilot-agent"]
+    assert world.issue().comments == []
+    assert f"issue=1 is left for later: {TARGET} cannot be read or pushed to" in caplog.text
 
 
 def test_a_pull_request_that_github_refuses_is_told(world: World) -> None:
@@ -434,7 +436,7 @@ def test_nothing_is_left_of_a_finished_workspace(world: World) -> None:
     world.open(dispatch_body())
     world.open("No patch.")
     world.run_once()
-    assert list((world.folder / "state/work").iterdir()) == []
+    assert [path.name for path in (world.folder / "state/work").iterdir()] == ["0.lock"]
 
 
 # -- plug-ins --------------------------------------------------------------------------------------
@@ -555,27 +557,69 @@ def test_another_try_is_announced(world: World) -> None:
     assert "queued" in world.last_comment()
 
 
-def interrupted(world: World, fault: Fault) -> None:
-    """A run that pushed its branch and ended before the rest was done."""
+def test_a_branch_whose_run_was_never_ended_is_finished_without_the_agent(world: World) -> None:
     world.open(dispatch_body())
-    world.github.faults.append(fault)
-    runner = world.runner(FastClock())
-    runner.run_once()
-    world.github.faults.clear()
-    for label in ("agent-processing", "agent-failed"):
-        if label in world.labels():
-            world.github.remove_label(DISPATCH, 1, label)
-
-
-def test_a_branch_that_an_earlier_run_pushed_is_adopted(world: World) -> None:
-    interrupted(world, Fault(method="POST", path=".*/pulls", status=403))
-    head = f"agent-task-{TASK_ID}"
-    pushed = world.github.git(TARGET, "rev-parse", head)
     world.run_once()
-    assert world.github.git(TARGET, "rev-parse", head) == pushed
+    pushed = world.github.git(TARGET, "rev-parse", f"agent-task-{TASK_ID}")
+    del world.github.repository(TARGET).issues[world.pull().number]
+    world.issue().comments.pop()
+    world.github.remove_label(DISPATCH, 1, "agent-done")
+    world.run_once()
+    assert world.github.git(TARGET, "rev-parse", f"agent-task-{TASK_ID}") == pushed
     assert "README.md | 1 +" in world.pull_body()
     assert metadata_of(world.pull_body())["task_id"] == TASK_ID
     assert world.labels() == ["agent-done", "copilot-agent"]
+
+
+def again(world: World, label: str = "agent-done") -> Runner:
+    """Takes a label off, so that the task runs again; the agent writes another file then."""
+    world.github.remove_label(DISPATCH, 1, label)
+    return world.run_once(AGENT_COMMAND="cp /proc/uptime new.txt")
+
+
+def test_a_finished_task_whose_label_is_taken_off_runs_again_and_updates_its_pull_request(world: World) -> None:
+    world.open(dispatch_body())
+    world.run_once()
+    first = world.github.git(TARGET, "rev-parse", world.pull().head)
+    assert again(world).outcomes == {"done": 1}
+    assert world.github.git(TARGET, "rev-parse", world.pull().head) != first
+    assert world.github.git(TARGET, "rev-parse", f"{world.pull().head}^", "main").split("\n")[0] in first + (
+        world.github.git(TARGET, "rev-parse", "main")
+    )
+    assert "new.txt" in world.pull_body()
+    assert "README.md" not in world.pull_body()
+    assert metadata_of(world.pull_body())["task_id"] == TASK_ID
+    assert [c.body.split(":")[0] for c in world.issue().comments] == ["Working on it", "Done"] * 2
+    assert world.labels() == ["agent-done", "copilot-agent"]
+
+
+def test_a_closed_pull_request_is_followed_by_a_new_one(world: World) -> None:
+    world.open(dispatch_body())
+    world.run_once()
+    world.github.close_issue(TARGET, world.pull().number)
+    assert again(world).outcomes == {"done": 1}
+    first, second = world.github.pulls(TARGET)
+    assert (first.state, second.state, first.head) == ("closed", "open", second.head)
+    assert second.html_url in world.last_comment()
+
+
+def test_commits_of_a_person_on_the_branch_are_not_replaced(world: World) -> None:
+    world.open(dispatch_body())
+    world.run_once()
+    head = world.pull().head
+    world.github.commit(TARGET, {"fix.txt": "by hand\n"}, branch=head)
+    tip = world.github.git(TARGET, "rev-parse", head)
+    assert again(world).outcomes == {"failed": 1}
+    assert "Somebody has added commits" in world.last_comment()
+    assert world.github.git(TARGET, "rev-parse", head) == tip
+
+
+def test_a_task_that_failed_after_its_push_runs_again_on_the_same_branch(world: World) -> None:
+    world.github.faults.append(Fault(method="POST", path=".*/pulls", status=403))
+    world.open(dispatch_body())
+    assert world.run_once().outcomes == {"failed": 1}
+    assert again(world, "agent-failed").outcomes == {"done": 1}
+    assert "new.txt" in world.pull_body()
 
 
 def test_a_pull_request_that_an_earlier_run_opened_is_adopted(world: World) -> None:
@@ -668,6 +712,8 @@ def polls(runner: Runner, count: int) -> None:
     """So many polls, each with the work that comes of it."""
     for _ in range(count):
         runner.queue.poll()
+        runner._next_look = 0
+        runner._look_around()
         runner._admit()
         while runner._running:
             runner.wake.wait(0.1)
@@ -707,17 +753,18 @@ def test_work_goes_on_in_a_renamed_dispatch_repository(world: World) -> None:
     assert runner.outcomes == {"done": 1}
 
 
-def test_a_task_whose_end_could_not_be_told_is_ended_later(world: World) -> None:
+def test_a_task_whose_end_could_not_be_told_is_ended_later(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.open("No patch.")
     comments = Fault(method="POST", path=".*/issues/1/comments", status=502, after=1, times=None)
     world.github.faults.append(comments)
     with Daemon(world.runner(FastClock())) as daemon:
-        wait_until(lambda: any(attempt.faults for attempt in [*daemon.runner._again]))
+        wait_until(lambda: "issue=1 is left for later" in caplog.text)
         world.github.faults.clear()
-        wait_until(lambda: daemon.runner.outcomes)
+        wait_until(lambda: "agent-failed" in world.labels())
         daemon.end()
     assert world.labels() == ["agent-failed", "copilot-agent"]
     assert "no ```diff" in world.last_comment()
+    assert "Attempt | 2" in world.last_comment()
 
 
 def test_the_end_is_told_once_although_the_labels_took_long(world: World) -> None:

@@ -13,9 +13,10 @@ import pytest
 from conftest import TARGET, World
 from standin import Fault
 
-from runner import Checkout, Config, Git, Mirror, TaskFailed, TaskRetry, Unreachable, diffstat
+from runner import Checkout, Config, Git, Mirror, RefMoved, TaskFailed, Unreachable, diffstat, remove_tree
 
 MAIN = "refs/heads/main"
+BRANCH = "refs/heads/agent-task-1"
 
 
 class Place:
@@ -24,15 +25,18 @@ class Place:
     def __init__(self, world: World, name: str = "run", **env: str) -> None:
         self.world, self.config = world, world.config(**env)
         self.git = Git(self.config)
-        self.mirror = Mirror(self.git, self.config.state_dir, TARGET)
-        commit = self.mirror.fetch(MAIN, self.mirror.look(MAIN)[1][MAIN])
+        self.mirror = Mirror(self.git, self.config, TARGET)
+        commit = self.mirror.fetch(MAIN, self.git.refs(TARGET, MAIN)[1][MAIN])
         folder = self.config.state_dir / "work" / name
-        self.checkout = Checkout(self.git, self.mirror, folder, "main", commit)
+        self.checkout = Checkout(self.git, [self.mirror.path], folder, "main", commit)
         self.checkout.fill("agent-task-1")
         self.path = self.checkout.workspace.path
 
     def commit(self) -> str:
         return self.checkout.commit("A change\n", self.config)
+
+    def push(self, commit: str, old: str = "") -> None:
+        self.git.push(TARGET, {BRANCH: (old, commit)}, self.checkout.git_dir)
 
     def changed(self) -> list[str]:
         """The paths that a commit of the workspace changes, with git's letter for how."""
@@ -142,7 +146,7 @@ def test_nothing_that_the_agent_sets_in_its_repository_runs(place: Place) -> Non
     hook.chmod(0o755)
     write(place.path / "new.txt", "new\n")
     assert place.changed() == ["A .gitattributes", "A new.txt"]
-    place.checkout.push(place.commit(), "agent-task-1", TARGET)
+    place.push(place.commit())
     assert not trap.exists()
 
 
@@ -194,7 +198,7 @@ def test_what_is_written_beside_the_workspace_is_not_trusted(place: Place) -> No
     with (place.checkout.git_dir / "config").open("a") as config:
         config.write(f"[core]\n\tsshCommand = touch {trap}\n[http]\n\tproxy = http://127.0.0.1:1\n")
     write(place.path / "new.txt", "new\n")
-    place.checkout.push(place.commit(), "agent-task-1", TARGET)
+    place.push(place.commit())
     assert not trap.exists()
 
 
@@ -263,12 +267,12 @@ def test_workflows_are_refused_unless_allowed(world: World) -> None:
 def test_a_branch_is_created_once(world: World, place: Place) -> None:
     write(place.path / "new.txt", "new\n")
     made = place.commit()
-    place.checkout.push(made, "agent-task-1", TARGET)
+    place.push(made)
     assert world.github.git(TARGET, "rev-parse", "agent-task-1").strip() == made
     other = Place(world, "other")
     write(other.path / "other.txt", "other\n")
-    with pytest.raises(TaskRetry, match="from somebody else"):
-        other.checkout.push(other.commit(), "agent-task-1", TARGET)
+    with pytest.raises(RefMoved, match="from somebody else"):
+        other.push(other.commit())
     assert world.github.git(TARGET, "rev-parse", "agent-task-1").strip() == made
 
 
@@ -276,8 +280,8 @@ def test_a_push_whose_answer_was_lost_is_found_done(world: World, place: Place) 
     write(place.path / "new.txt", "new\n")
     made = place.commit()
     world.github.faults.append(Fault(kind="git", method="POST", path=".*receive-pack", drop="after"))
-    place.checkout.push(made, "agent-task-1", TARGET)
-    place.checkout.push(made, "agent-task-1", TARGET)
+    place.push(made)
+    place.push(made)
     assert world.github.git(TARGET, "rev-parse", "agent-task-1").strip() == made
 
 
@@ -286,8 +290,8 @@ def test_a_branch_that_the_targets_rules_refuse_is_told(world: World, place: Pla
     write(hook, "#!/bin/sh\necho 'GH013: rule violations' >&2\nexit 1\n")
     hook.chmod(0o755)
     write(place.path / "new.txt", "new\n")
-    with pytest.raises(TaskFailed, match="refuses the branch") as refused:
-        place.checkout.push(place.commit(), "agent-task-1", TARGET)
+    with pytest.raises(TaskFailed, match="refuses the push") as refused:
+        place.push(place.commit())
     assert "GH013" in refused.value.output
 
 
@@ -305,7 +309,7 @@ def test_what_the_agent_made_unreadable_is_deleted(place: Place) -> None:
     outside = place.path.parent.parent / "outside"
     outside.mkdir(mode=0o500)
     (place.path / "link").symlink_to(outside)
-    place.checkout.remove()
+    remove_tree(place.checkout.folder)
     assert not place.checkout.folder.exists()
     assert outside.stat().st_mode & 0o777 == 0o500
 
@@ -337,7 +341,7 @@ def test_threads_share_a_mirror(world: World) -> None:
 def test_an_empty_repository_has_no_default_branch(world: World) -> None:
     world.github.add_repository("acme/empty", files=None)
     config = world.config()
-    found = Mirror(Git(config), config.state_dir, "acme/empty").look("HEAD")
+    found = Git(config).refs("acme/empty", "HEAD")
     assert found == ("", {})
 
 
@@ -346,20 +350,20 @@ def test_a_repository_that_the_token_may_not_read_is_told(world: World, name: st
     world.github.hidden.add(TARGET)
     config = world.config()
     with pytest.raises(TaskFailed, match=hint):
-        Mirror(Git(config), config.state_dir, name).look("HEAD")
+        Git(config).refs(name, "HEAD")
 
 
 def test_a_wrong_token_is_told(world: World) -> None:
     config = world.config(GITHUB_TOKEN="ghp_wrong")
     with pytest.raises(TaskFailed, match="cannot be read or pushed to"):
-        Mirror(Git(config), config.state_dir, TARGET).look("HEAD")
+        Git(config).refs(TARGET, "HEAD")
 
 
 def test_a_push_that_is_not_allowed_is_told(world: World, place: Place) -> None:
     world.github.push_denied.add(TARGET)
     write(place.path / "new.txt", "new\n")
     with pytest.raises(TaskFailed, match="the token may not"):
-        place.checkout.push(place.commit(), "agent-task-1", TARGET)
+        place.push(place.commit())
 
 
 @pytest.mark.parametrize("fault", [{"status": 502}, {"status": 503}, {"drop": "before"}])
@@ -367,7 +371,7 @@ def test_a_git_server_in_trouble_is_worth_another_try(world: World, fault: dict[
     world.github.faults.append(Fault(kind="git", **fault))  # type: ignore[arg-type]
     config = world.config()
     with pytest.raises(Unreachable):
-        Mirror(Git(config), config.state_dir, TARGET).look("HEAD")
+        Git(config).refs(TARGET, "HEAD")
 
 
 def spy(folder: Path) -> Path:
@@ -385,7 +389,7 @@ def test_the_token_is_in_no_argument_address_file_or_object(world: World, tmp_pa
     world.env["PATH"] = f"{watched}/bin:{world.env['PATH']}"
     place = Place(world)
     write(place.path / "new.txt", "new\n")
-    place.checkout.push(place.commit(), "agent-task-1", TARGET)
+    place.push(place.commit())
     login = base64.b64encode(f"x-access-token:{world.github.token}".encode())
     secrets = [world.github.token.encode(), login]
     seen = list((watched / "seen").iterdir())
