@@ -88,12 +88,13 @@ class Fault:
     """Something that goes wrong on requests that match, `times` times (None: for ever).
 
     The first fault in the list that applies is the only one that applies. A `delay` lies between
-    the effect and the answer; for a late effect, sleep in `action`.
+    the effect and the answer, and so does `after_effect`; for a late effect, sleep in `action`.
     """
 
     method: str = "*"
     path: str = ".*"  # regular expression for the whole of RecordedRequest.path
     kind: str = "rest"  # "rest", "git" or "*"
+    where: Callable[[RecordedRequest], bool] | None = None  # what else must hold of the request
     times: int | None = 1
     after: int = 0  # so many matching requests pass first
     status: int | None = None  # answer with it, without the effect
@@ -102,6 +103,7 @@ class Fault:
     delay: float = 0.0
     drop: str | None = None  # "before" the effect, or "after" it: close without an answer
     action: Callable[[], None] | None = None  # called before the request is handled
+    after_effect: Callable[[], None] | None = None  # called before it is answered
     seen: int = 0  # how many requests have matched
 
     def matches(self, request: RecordedRequest) -> bool:
@@ -109,6 +111,7 @@ class Fault:
             self.kind in ("*", request.kind)
             and self.method in ("*", request.method)
             and re.fullmatch(self.path, request.path) is not None
+            and (self.where is None or self.where(request))
         )
 
     def applies(self) -> bool:
@@ -1435,7 +1438,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         output = run_backend(self.github, repo, tail, request, body)
         status, headers, chunks = split_head(output)
-        if fault.delay or fault.drop:  # the effect is complete before the answer goes wrong
+        if fault.delay or fault.drop or fault.after_effect:  # the effect is complete before the answer goes wrong
             self._send(request, fault, status, headers, b"".join(chunks))
             return
         request.status = status
@@ -1452,6 +1455,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers: dict[str, str],
         body: bytes,
     ) -> None:
+        if fault.after_effect:
+            fault.after_effect()
         stopped = fault.delay > 0 and self.github.stopping.wait(fault.delay)
         if stopped or fault.drop:
             self.close_connection = True

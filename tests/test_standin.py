@@ -562,6 +562,23 @@ def test_a_fault_can_change_the_world_while_pages_are_read(github: StandIn) -> N
     assert [issue["number"] for issue in get(github, ISSUES).json] == [1]
 
 
+def test_a_fault_can_look_at_the_effect_before_the_answer_is_sent(github: StandIn) -> None:
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.extend([len(github.repository(REPO).issues), github.log[-1].status])
+
+    github.faults.append(Fault(method="POST", after_effect=look))
+    assert post(github, ISSUES, {"title": "x"}).status == 201
+    assert seen == [1, 0]
+
+
+def test_a_fault_can_be_one_of_some_requests_only(github: StandIn) -> None:
+    github.faults.append(Fault(status=500, times=None, where=lambda request: request.json == {"title": "bad"}))
+    statuses = [post(github, ISSUES, {"title": title}).status for title in ("good", "bad", "good", "bad")]
+    assert statuses == [201, 500, 201, 500]
+
+
 def test_a_slow_answer_does_not_hold_up_others(github: StandIn) -> None:
     github.faults.append(Fault(path="/user", delay=0.5))
     slow = threading.Thread(target=get, args=(github, "/user"))
@@ -782,6 +799,14 @@ def test_a_lost_answer_to_a_push_leaves_the_push_done(github: StandIn, clone: Pa
     with pytest.raises(RuntimeError):
         git(github, "push", "origin", "HEAD:refs/heads/work", cwd=clone)
     assert github.git(REPO, "rev-parse", "work") == sha
+
+
+def test_a_push_is_done_before_its_answer_is_sent(github: StandIn, clone: Path) -> None:
+    sha, seen = commit(github, clone), []
+    look = Fault(kind="git", method="POST", after_effect=lambda: seen.append(github.git(REPO, "rev-parse", "work")))
+    github.faults.append(look)
+    git(github, "push", "origin", "HEAD:refs/heads/work", cwd=clone)
+    assert seen == [sha]
 
 
 def test_a_refused_push_leaves_the_connection_usable(github: StandIn) -> None:
