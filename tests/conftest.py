@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ class World:
         self.github, self.folder = github, folder
         self.runners: list[Runner] = []
         self.env = github.settings(DISPATCH, TARGET, folder / "state") | {"AGENT_WRITE_INTERVAL": "0"}
+        self._started: list[subprocess.Popen[str]] = []
 
     def config(self, **env: str) -> Config:
         return Config.from_env(self.env | env)
@@ -131,7 +132,7 @@ class World:
         """`python runner.py ...` as a process of its own, in an empty folder."""
         (self.folder / "cwd").mkdir(exist_ok=True)
         passed_on = {k: v for k, v in os.environ.items() if k.startswith("COVERAGE")}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(RUNNER), *arguments],
             cwd=self.folder / "cwd",
             env={**passed_on, **self.env, **env},
@@ -139,6 +140,18 @@ class World:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Ends the runners of this process, and the processes that a failed test has left behind or stopped."""
+        for runner in self.runners:
+            runner.request_stop(now=True)
+            runner._drain()
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
     def open(self, body: str | None = PATCH, title: str = "Make more widgets", **more: Any) -> int:
         return self.github.open_issue(DISPATCH, title=title, body=body, **more)
@@ -163,6 +176,24 @@ class World:
     def labels(self, number: int = 1) -> list[str]:
         return sorted(self.issue(number).labels)
 
+    def wait_for_done(self, numbers: Iterable[int], seconds: int = 120) -> None:
+        """Waits for many issues; looks at them seldom and without a lock, so as not to slow the stand-in down."""
+        issues, pause = [self.issue(number) for number in numbers], threading.Event()
+        for _ in range(seconds * 4):
+            if all("agent-done" in issue.labels for issue in issues):
+                return
+            pause.wait(0.25)
+        pytest.fail(f"only {sum('agent-done' in issue.labels for issue in issues)} were done in {seconds} s")
+
+    def claims(self) -> list[str]:
+        """The claims that are held in the target."""
+        return self.github.git(TARGET, "for-each-ref", "--format=%(refname)", "refs/agent-runner").splitlines()
+
+    def comments(self, step: str, number: int = 1) -> list[str]:
+        """The comments of an issue that a runner wrote at this step, "start" or "end"."""
+        bodies = [comment.body for comment in self.issue(number).comments]
+        return [body for body in bodies if f" step={step} -->" in body]
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -172,9 +203,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         github.add_repository(TARGET, files={"README.md": "# Widgets\n", "src/app.py": "print(1)\n"})
         world = World(github, tmp_path)
         yield world
-        for runner in world.runners:
-            runner.request_stop(now=True)
-            runner._drain()
+        world.end()
         assert github.problems == []
 
 
