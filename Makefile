@@ -1,14 +1,16 @@
 # make demo    see the whole story on this machine, without an account
 # make test    run the tests
 # make lint    check style and types
+# make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make clean   remove what these made
 #
 # They need Python 3.11 or newer, git and make; PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
+TASKS := 2000
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
@@ -20,6 +22,9 @@ lint: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+soak: .venv/development
+	PYTHONPATH=tests $(BIN)/python bench/soak.py $(TASKS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__
