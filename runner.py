@@ -1208,6 +1208,8 @@ def remote_failure(failure: GitFailed, repo: str) -> RunnerError:
         if re.search(pattern, failure.output, re.IGNORECASE):
             return TaskFailed(f"{repo} {what}", advice, failure.output)
     lines = failure.output.splitlines()
+    if rejected := next((line for line in lines if "rejected]" in line), ""):
+        return Unreachable(f"{repo} does not take the push now: {rejected}")
     said = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])
     return Unreachable(f"git cannot reach {repo}: {said}")
 
@@ -2038,6 +2040,7 @@ class Runner:
         # A second process on the same state folder is another runner.
         self.id = config.runner_id + (f"/{self.folder.name}" if self.folder.name != "0" else "")
         self.outcomes: Counter[str] = Counter()
+        self._untold: Counter[int] = Counter()  # how often an issue came to no end; these come last
         self._pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="task")
         self._running: dict[Future[str], Attempt] = {}
         self._again: list[Attempt] = []
@@ -2155,7 +2158,7 @@ class Runner:
         """Starts as much of what is due as there are free workers, oldest first."""
         now = self.clock.monotonic()
         known = {attempt.number for attempt in (*self._running.values(), *self._again)}
-        numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known)
+        numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known, key=lambda n: (self._untold[n], n))
         ready = [attempt for attempt in self._again if attempt.due <= now]
         ready += [Attempt(self, number) for number in numbers if self._is_free(number) and only in (None, number)]
         for attempt in ready[: self.config.max_concurrent - len(self._running)]:
@@ -2189,7 +2192,9 @@ class Runner:
             self.seen.pop(attempt.number, None)
             if attempt.settled:
                 self.queue.handled(attempt.number, attempt.settled)
+                self._untold.pop(attempt.number, None)
             elif attempt.number in self.queue.waiting:
+                self._untold[attempt.number] += outcome == "failed"
                 self.seen[attempt.number] = Seen(attempt.claim.repo, "?", self.clock.monotonic(), {})
 
     def _rest(self, until: float) -> None:

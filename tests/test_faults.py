@@ -19,9 +19,6 @@ from test_cli import finish
 
 from runner import Clock, GitHub
 
-# A FastClock makes a lease as short as it makes all else; this one is an hour all the same.
-LONG_LEASE = str(3600 * FastClock.SPEED)
-
 PUSH = ["GET git-receive-pack", "POST git-receive-pack"]
 LIST_REFS = ["GET git-upload-pack", "POST git-upload-pack"]
 HAPPY = [  # the requests of the first task that a runner does, and of nothing else
@@ -267,7 +264,7 @@ def assert_one_process_finishes(world: World, *faults: Fault) -> None:
     agent = Agent(world.folder)
     world.open("Do something.")
     world.github.faults += faults
-    runner = world.runner(FastClock(), AGENT_LEASE=LONG_LEASE, **agent.env)
+    runner = world.runner(FastClock(), **agent.env)
     runner.run_once()
     assert runner.outcomes == {"done": 1}
     assert_done_once(world)
@@ -408,7 +405,7 @@ def assert_others_get_done(world: World, others: int, *places: str) -> None:
     for place in places:
         fails_for_ever(world, bad)[place]()
     agent = Agent(world.folder, "case $AGENT_TASK_ID in t1) kill -9 $$;; esac;" if "the agent" in places else "")
-    env = {"AGENT_MAX_CONCURRENT": "4", "AGENT_LEASE": LONG_LEASE, **agent.env}
+    env = {"AGENT_MAX_CONCURRENT": "4", **agent.env}
     with Daemon(world.runner(FastClock(), **env)):
         world.wait_for_done(good, 180)
     heads = [pull.head for pull in world.github.pulls(TARGET)]
@@ -457,7 +454,7 @@ def test_a_done_issue_in_an_old_list_is_not_run_again_by_the_same_process(world:
     agent = Agent(world.folder)
     world.open("Do something.")
     old = Fault(path=f".*/{DISPATCH}/issues", status=200, body=queue_of(world), times=None)
-    clock, env = FastClock(), {"AGENT_POLL_INTERVAL": "1", "AGENT_LEASE": LONG_LEASE}
+    clock, env = FastClock(), {"AGENT_POLL_INTERVAL": "1"}
     with Daemon(world.runner(clock, **env, **agent.env)) as daemon:
         wait_until(lambda: daemon.runner.outcomes["done"])
         world.github.faults.append(old)

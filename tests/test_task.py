@@ -757,7 +757,7 @@ def test_a_task_whose_end_could_not_be_told_is_ended_later(world: World, caplog:
     world.open("No patch.")
     comments = Fault(method="POST", path=".*/issues/1/comments", status=502, after=1, times=None)
     world.github.faults.append(comments)
-    with Daemon(world.runner(FastClock())) as daemon:
+    with Daemon(world.runner(FastClock(), AGENT_LEASE="1500")) as daemon:
         wait_until(lambda: "issue=1 is left for later" in caplog.text)
         world.github.faults.clear()
         wait_until(lambda: "agent-failed" in world.labels())
