@@ -1502,22 +1502,21 @@ class Claim:
     claim and goes on with whoever takes it over; `epoch` counts the holders, `attempt` the attempts."""
 
     def __init__(self, runner: Runner, number: int, seen: Seen, body: str, halt: threading.Event) -> None:
-        self._runner, self._body, self._halt = runner, body, halt
+        self._config, self._clock, self._runner = runner.config, runner.clock, runner
+        self._body, self._halt = body, halt
         self.repo, self._ref, self._commit = seen.repo, f"{claims_prefix(runner.config)}{number}", seen.commit
         self.path = runner.folder / str(number) / "claim"
         self.nonce = str(seen.record.get("nonce") or secrets.token_hex(8))
         self.epoch, self.attempt = seen.record.get("epoch", 0) + 1, seen.record.get("attempt", 0) + 1
-        self.held, self.lost = False, ""
-        self._made: set[str] = set()
-        self._moving = threading.Lock()
-        self._over = threading.Event()
-        self._renewed = runner.clock.monotonic()
+        self.held, self.lost, self._renewed = False, "", 0.0
+        self._made: set[str] = set()  # the commits that were to be pushed
+        self._moving, self._over = threading.Lock(), threading.Event()
 
     def take(self) -> bool:
         """Gets hold of the issue; False if somebody else was faster, or its holder has stirred."""
         write_repository(self.path)
         try:
-            self._move(Git(self._runner.config, self._halt), self._runner.patiently)
+            self._move(self._record())
         except RefMoved:
             return False
         self.held = True
@@ -1526,31 +1525,28 @@ class Claim:
 
     def check(self) -> None:
         """Raises ClaimLost if the issue may be another runner's by now."""
-        late = self._runner.clock.monotonic() - self._renewed
-        if not self.lost and late > self._runner.config.lease * 2 / 3:
+        late = self._clock.monotonic() - self._renewed
+        if not self.lost and late > self._config.lease * 2 / 3:
             self._lose(f"it was not renewed for {duration(late)}")
         if self.lost:
             raise ClaimLost(self.lost)
 
-    def publish(self, ref: str, old: str, new: str, git_dir: Path) -> None:
-        """Moves a branch, and the claim with it, both or neither: who has lost the claim cannot publish. It is not to
-        be cut short, so that what is told of it is true."""
-        self._move(Git(self._runner.config), self._runner.patiently, {ref: (old, new)}, git_dir)
-
-    def renew(self) -> None:
-        limit = min(CLAIM_TIMEOUT, self._runner.config.lease / 3)
-        self._move(Git(self._runner.config), lambda step: step(), timeout=limit)
+    def renew(self, branch: Mapping[str, tuple[str, str]] | None = None, git_dir: Path | None = None) -> None:
+        """Moves the claim on and, to publish, a `branch` with it. Git does both or neither: who has lost the claim
+        cannot publish. A publication is not cut short, so that what is told of it is true."""
+        with self._moving:
+            if branch:
+                self._move(self._record(), branch, git_dir)
+            elif not self._over.is_set():
+                self._move(self._record(), patience=0, timeout=min(CLAIM_TIMEOUT, self._config.lease / 3))
 
     def release(self) -> None:
         """Lets go of the issue. What fails here heals: a claim that nobody renews is taken over."""
         self._over.set()
-        briefly = functools.partial(patiently, clock=self._runner.clock, stop=threading.Event(), patience=8)
-        git = Git(self._runner.config)
         try:
             with self._moving:
-                away = {self._ref: (self._commit, "")}
                 if self.held and not self.lost:
-                    briefly(lambda: git.push(self.repo, away, self.path, CLAIM_TIMEOUT))
+                    self._move("", patience=8, timeout=CLAIM_TIMEOUT)
         except RunnerError as error:
             log.warning("%s is not released: %s", self._ref, error)
         self.close()
@@ -1563,26 +1559,26 @@ class Claim:
 
     def _keep(self) -> None:
         """Renews the claim until it is over; in a thread of its own."""
-        lease, pause = self._runner.config.lease, 1 / 3
-        while not self._runner.clock.wait(self._over, lease * pause) and not self.lost:
+        pause = self._config.lease / 3
+        while not self._clock.wait(self._over, pause) and not self.lost:
             try:
                 self.renew()
-                pause = 1 / 3
+                pause = self._config.lease / 3
             except RunnerError as error:
                 log.warning("%s is not renewed: %s", self._ref, error)
-                pause = 1 / 20
+                pause = self._config.lease / 20
 
     def _move(
-        self, git: Git, patience: Callable[[Callable[[], None]], None],
-        branch: Mapping[str, tuple[str, str]] | None = None, git_dir: Path | None = None, timeout: float = GIT_TIMEOUT
+        self, new: str, branch: Mapping[str, tuple[str, str]] | None = None, git_dir: Path | None = None,
+        patience: float = PATIENCE, timeout: float = GIT_TIMEOUT
     ) -> None:  # fmt: skip
-        """Moves the ref on to a new record, and a branch with it. Raises ClaimLost, or RefMoved for the branch."""
+        """Moves the ref to a commit, and a branch with it. Raises ClaimLost, or RefMoved if it is not ours."""
+        git = Git(self._config, None if self.held else self._halt)
 
         def step() -> None:
             if self.held:
                 self.check()
-            begun = self._runner.clock.monotonic()
-            moves = {self._ref: (self._commit, new), **(branch or {})}
+            begun, moves = self._clock.monotonic(), {self._ref: (self._commit, new), **(branch or {})}
             try:
                 git.push(self.repo, moves, git_dir or self.path, timeout)
             except RefMoved as moved:
@@ -1595,20 +1591,15 @@ class Claim:
                 raise Unreachable(f"{self._ref} was renewed late") from None
             self._commit, self._renewed = new, begun
 
-        with self._moving:
-            if self._over.is_set():
-                return
-            new = self._record()
-            self._made.add(new)
-            patience(step)
+        self._made.add(new)
+        patiently(step, self._clock, self._runner.stop if new else threading.Event(), patience)
 
     def _record(self) -> str:
         """A commit with what is to be known of the claim. A child of the last one, so that it is another each time."""
-        runner = self._runner
-        record = {"runner": runner.id, "nonce": self.nonce, "epoch": self.epoch, "attempt": self.attempt}
-        record |= {"time": utc(runner.clock.now()), "body": self._body}
+        record = {"runner": self._runner.id, "nonce": self.nonce, "epoch": self.epoch, "attempt": self.attempt}
+        record |= {"time": utc(self._clock.now()), "body": self._body}
         parent = ("-p", self._commit) if self.held else ()
-        return write_record(Git(runner.config), self.path, record, *parent)
+        return write_record(Git(self._config), self.path, record, *parent)
 
     def _lose(self, why: str) -> None:
         self.lost = self.lost or why
@@ -1945,7 +1936,7 @@ class Attempt:
                 raise TaskFailed("The agent changed nothing.", advice, output)
             log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
             stat = diffstat(self._git, checkout.git_dir, checkout.workspace.commit, made)
-            self.claim.publish(f"refs/heads/{task.branch}", old, made, checkout.git_dir)
+            self.claim.renew({f"refs/heads/{task.branch}": (old, made)}, checkout.git_dir)
             return summary, stat
         finally:
             remove_tree(checkout.folder)
