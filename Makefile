@@ -1,6 +1,7 @@
 # make demo    see the whole story on this machine, without an account
 # make test    run the tests
 # make lint    check style and types
+# make race    run the tests with many runners at one queue
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make clean   remove what these made
 #
@@ -10,13 +11,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 TASKS := 2000
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test race lint soak clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
 
 test: .venv/development
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto -m "not race" --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+race: .venv/development
+	$(BIN)/python -m pytest -m race
 
 lint: .venv/development
 	$(BIN)/ruff format --check .

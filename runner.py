@@ -1777,6 +1777,7 @@ class Attempt:
         seen = runner.seen.get(number) or Seen(row.repo if row else self._config.target_repo, "", 0, {})
         self.claim = Claim(runner, number, seen, row.body if row else "", self.halt)
         self.settled = ""  # when the issue was changed last, once it is known what becomes of it
+        self.moved: Row | None = None  # what was edited so that it belongs elsewhere now
         self._updated = row.updated if row else ""
         self._refused: TaskFailed | None = None  # why the target cannot be had
         self._run, self._again = self.claim.nonce, bool(seen.record)  # whether some of it may have been done
@@ -1830,7 +1831,8 @@ class Attempt:
                 return "skipped"
             task = parse_task(issue, self._config, self.claim.attempt)
             if not self._refused and claim_repo(task, self._config).lower() != self.claim.repo.lower():
-                return "skipped"  # it was edited, and is claimed in its new target next time
+                self.moved = Row.of(issue, self._config)
+                return "skipped"
             # Outside the `try` below: a runner that may not label must not comment either, poll after poll.
             self._github.add_label(self.number, self._config.processing_label, LABELS["processing"])
         except RunnerError:
@@ -2181,7 +2183,9 @@ class Runner:
                 continue
             self.outcomes[outcome] += 1
             self.seen.pop(attempt.number, None)
-            if attempt.settled:
+            if attempt.moved:
+                self.queue.waiting[attempt.number] = attempt.moved
+            elif attempt.settled:
                 self.queue.handled(attempt.number, attempt.settled)
                 self._untold.pop(attempt.number, None)
             elif attempt.number in self.queue.waiting:

@@ -371,3 +371,17 @@ def test_a_page_that_a_proxy_sends_in_place_of_github_is_no_answer(world: World,
     world.github.faults.append(Fault(status=200, body=b"<html>Sign in</html>"))
     with pytest.raises(Unreachable, match="not GitHub's"):
         client.github.request("GET", "/user")
+
+
+def test_polls_become_rarer_when_little_quota_is_left(world: World, client: Client) -> None:
+    assert client.github.poll_pause(60) == 60
+    for left, factor in ((2000, 1), (1000, 1), (500, 2), (100, 10)):
+        world.github.rate_remaining = left + 1
+        client.github.request("GET", "/user")
+        assert client.github.poll_pause(60) == pytest.approx(60 * factor, rel=0.05)
+    world.github.rate_remaining = 2
+    client.github.request("GET", "/user")
+    until_reset = world.github.rate_reset - world.github.now()
+    assert client.github.poll_pause(60) == pytest.approx(until_reset, abs=2)
+    client.clock.at += until_reset
+    assert client.github.poll_pause(60) == 60

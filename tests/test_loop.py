@@ -27,6 +27,7 @@ def daemon_of(world: World, **env: str) -> Daemon:
     return Daemon(world.runner(None, AGENT_POLL_INTERVAL="1", **env))
 
 
+@pytest.mark.race
 def test_three_hundred_issues_are_each_done_once_while_the_list_shifts(world: World) -> None:
     code = 'import os\nopen(os.environ["AGENT_TASK_ID"], "w")\n'
     program = world.folder / "agent.py"

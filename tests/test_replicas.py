@@ -30,6 +30,7 @@ def place_of(world: World, name: str) -> dict[str, str]:
 # -- many ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.race
 def test_two_hundred_issues_are_each_done_once_by_eight_runners(world: World) -> None:
     numbers = [world.open(about(number)) for number in range(1, 201)]
     agent = Agent(world.folder)
