@@ -1514,7 +1514,6 @@ class Claim:
 
     def take(self) -> bool:
         """Gets hold of the issue; False if somebody else was faster, or its holder has stirred."""
-        write_repository(self.path)
         try:
             self._move(self._record())
         except RefMoved:
@@ -1598,6 +1597,7 @@ class Claim:
         """A commit with what is to be known of the claim. A child of the last one, so that it is another each time."""
         record = {"runner": self._runner.id, "nonce": self.nonce, "epoch": self.epoch, "attempt": self.attempt}
         record |= {"time": utc(self._clock.now()), "body": self._body}
+        write_repository(self.path)  # as it was, whatever has been written there meanwhile
         parent = ("-p", self._commit) if self.held else ()
         return write_record(Git(self._config), self.path, record, *parent)
 
@@ -2115,31 +2115,26 @@ class Runner:
         for attempt in list(self._running.values()):
             attempt.look_in()
         mirrors = (f"{path.parent.name}/{path.stem}" for path in self.config.state_dir.glob("repos/*/*.git"))
-        rows = list(self.queue.waiting.values())
-        names = (*filter(self.config.allows_target, mirrors), *(row.repo for row in rows), self.config.target_repo)
-        found: dict[int, Seen] = {}
-        failed = False
-        for repo in {name.lower(): name for name in names}.values():
+        rows, found, failed = list(self.queue.waiting.values()), dict[int, Seen](), False
+        for repo in {repo.lower() for repo in (self.config.target_repo, *mirrors, *(row.repo for row in rows))}:
             try:
                 claims = read_claims(Git(self.config, self.stop), self.config, repo, self.folder / "claims")
             except RunnerError as error:
-                log.warning("cannot read the claims in %s: %s", repo, error)
+                log.log(logging.DEBUG if self.stop.is_set() else logging.WARNING, "no claims in %s: %s", repo, error)
+                found |= {number: seen for number, seen in self.seen.items() if seen.repo.lower() == repo}
                 failed = True
-                found |= {number: seen for number, seen in self.seen.items() if seen.repo == repo}
                 continue
             for number, (commit, record) in claims.items():
                 mine = self._first_look and record.get("runner") == self.id
-                found[number] = self._see(number, Seen(repo, commit, -self.config.lease if mine else 0, record))
+                since = self.clock.monotonic() - (self.config.lease if mine else 0)
+                found[number] = Seen(repo, commit, since, record)
         for row in rows:
             if row.processing and row.number not in found:  # a crash, or a person; wait for a lease as well
-                found[row.number] = self._see(row.number, Seen(row.repo, "", 0, {}))
+                found[row.number] = Seen(row.repo, "", self.clock.monotonic(), {})
+        for number, before in self.seen.items():
+            if number in found and found[number].commit == before.commit:
+                found[number] = before
         self.seen, self._first_look = found, self._first_look and failed
-
-    def _see(self, number: int, seen: Seen) -> Seen:
-        """The same with the time since when it is so."""
-        before = self.seen.get(number)
-        same = before is not None and before.commit == seen.commit
-        return before if before and same else seen._replace(since=self.clock.monotonic() + seen.since)
 
     def _is_free(self, number: int) -> bool:
         """Whether nobody has the issue, or who has it has not stirred for a lease."""
@@ -2154,7 +2149,7 @@ class Runner:
         numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known, key=lambda n: (self._untold[n], n))
         ready = [attempt for attempt in self._again if attempt.due <= now]
         ready += [Attempt(self, number) for number in numbers if self._is_free(number) and only in (None, number)]
-        for attempt in ready[: self.config.max_concurrent - len(self._running)]:
+        for attempt in ready[: 0 if self.stop.is_set() else self.config.max_concurrent - len(self._running)]:
             self._again = [other for other in self._again if other is not attempt]
             future = self._pool.submit(self._attempt, attempt)
             self._running[future] = attempt
@@ -2163,7 +2158,7 @@ class Runner:
     def _attempt(self, attempt: Attempt) -> str:
         """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""
         try:
-            return "stopped" if self.kill.is_set() else attempt.run()
+            return attempt.run()
         except Stopping:
             return "stopped"
         except RunnerError as error:

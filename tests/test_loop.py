@@ -126,9 +126,12 @@ def test_one_fault_while_stopping_leaves_no_label_behind(world: World, fault: di
 
 def test_being_told_to_stop_now_ends_git_too(world: World) -> None:
     world.open(patch(1))
-    world.github.faults.append(Fault(kind="git", delay=30, times=None))
+    slow = Fault(
+        kind="git", where=lambda r: "git-receive-pack" in (r.query.get("service"), r.path), delay=30, times=None
+    )
+    world.github.faults.append(slow)
     with daemon_of(world) as daemon:
-        wait_until(lambda: any(request.kind == "git" for request in world.github.log))
+        wait_until(lambda: slow.seen)
         daemon.end(now=True, seconds=20)
     assert daemon.runner.outcomes == {"stopped": 1}
     assert world.github.pulls(TARGET) == []
