@@ -1481,7 +1481,9 @@ def read_record(text: str) -> dict[str, Any]:
 
 
 def claims_prefix(config: Config) -> str:
-    return f"{config.claim_refs}/{config.dispatch_repo.lower()}/"
+    """What the refs of this dispatch repository begin with; a repository's name may hold what a ref's must not."""
+    name = re.sub(r"(?<=/)\.|\.\.|\.(?=lock\Z)", lambda dots: "%2e" * len(dots[0]), config.dispatch_repo.lower())
+    return f"{config.claim_refs}/{name}/"
 
 
 def read_claims(git: Git, config: Config, repo: str, folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DISPATCH, PATCH, TARGET, Daemon, FakeClock, World, wait_until
+from conftest import DISPATCH, PATCH, TARGET, Daemon, FakeClock, World, make_config, wait_until
 from standin import Fault
 from test_cli import finish
 from test_faults import Agent, about
 
-from runner import Claim, ClaimLost, Clock, RefMoved, Runner, Seen, Unreachable, read_record
+from runner import Claim, ClaimLost, Clock, RefMoved, Runner, Seen, Unreachable, claims_prefix, read_record
 
 CLAIM = f"refs/agent-runner/claims/{DISPATCH}/1"
 RECORD = {"runner": "another", "nonce": "0123456789abcdef", "epoch": 2, "attempt": 2, "time": "", "body": ""}
@@ -106,6 +106,14 @@ def test_a_claim_can_be_kept_among_the_branches(world: World) -> None:
     shown = world.github.git(TARGET, "show", f"{world.pull().head}:refs.txt")
     assert f"refs/heads/agent-claims/{DISPATCH}/1" in shown
     assert "agent-claims" not in world.github.git(TARGET, "for-each-ref")
+
+
+@pytest.mark.parametrize("name", ["acme/.github", "acme/a..b", "acme/x.lock", "acme/...", "Acme/Dispatch.js"])
+def test_every_dispatch_repository_has_a_place_for_its_claims(name: str) -> None:
+    ref = f"{claims_prefix(make_config({'AGENT_DISPATCH_REPO': name}))}1"
+    subprocess.run(["git", "check-ref-format", ref], check=True)
+    assert ref.startswith("refs/agent-runner/claims/acme/")
+    assert ref == ref.lower()
 
 
 # -- how it is kept --------------------------------------------------------------------------------

@@ -296,6 +296,19 @@ def test_check_finds_a_missing_permission_and_issues_turned_off(world: World) ->
     assert f"✗ {DISPATCH}: issues are off" in out
 
 
+def test_check_finds_a_server_that_refuses_claims_and_says_the_way_out(world: World) -> None:
+    hook = world.github.repository(TARGET).path / "hooks/update"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text('#!/bin/sh\ncase "$1" in refs/heads/*) exit 0;; *) echo "GH999: not there"; exit 1;; esac\n')
+    hook.chmod(0o755)
+    code, out, _ = finish(world.start("--check"))
+    assert code == 1
+    assert f"✗ {TARGET} refuses the push" in out
+    assert "AGENT_CLAIM_REFS=refs/heads/agent-claims" in out
+    assert finish(world.start("--check", AGENT_CLAIM_REFS="refs/heads/agent-claims"))[0] == 0
+    assert "check" not in world.github.git(TARGET, "for-each-ref")
+
+
 def test_check_finds_an_old_git(world: World, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     git = tmp_path / "bin/git"
