@@ -2146,12 +2146,12 @@ class Runner:
 
     def _admit(self, only: int | None = None) -> None:
         """Starts as much of what is due as there are free workers, oldest first."""
-        now = self.clock.monotonic()
+        now, room = self.clock.monotonic(), self.config.max_concurrent - len(self._running)
         known = {attempt.number for attempt in (*self._running.values(), *self._again)}
         numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known, key=lambda n: (self._untold[n], n))
-        ready = [attempt for attempt in self._again if attempt.due <= now]
-        ready += [Attempt(self, number) for number in numbers if self._is_free(number) and only in (None, number)]
-        for attempt in ready[: 0 if self.stop.is_set() else self.config.max_concurrent - len(self._running)]:
+        due = [attempt for attempt in self._again if attempt.due <= now]
+        new = (Attempt(self, number) for number in numbers if self._is_free(number) and only in (None, number))
+        for attempt in itertools.islice(itertools.chain(due, new), 0 if self.stop.is_set() else room):
             self._again = [other for other in self._again if other is not attempt]
             future = self._pool.submit(self._attempt, attempt)
             self._running[future] = attempt

@@ -33,7 +33,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
@@ -570,7 +569,7 @@ class Call:
             raise HttpError(422, "Invalid request.\n\nThe body is not an object.")
         return self.request.json
 
-    @cached_property
+    @property
     def repo(self) -> Repository:
         name = f"{self.args['owner']}/{self.args['repo']}"
         repo = self.github.find(name)
