@@ -7,10 +7,7 @@
 
     GITHUB_TOKEN=... AGENT_DISPATCH_REPO=you/tasks AGENT_TARGET_REPO=you/project python runner.py
 
-The life of a task: an open issue in the dispatch repository carries the label `copilot-agent`. The runner labels it
-`agent-processing` and comments; `process_task` changes files in a clean checkout of the target repository; the runner
-commits, pushes `agent-task-<id>` and opens a pull request. Then the issue gets `agent-done` and a comment with the
-link, or `agent-failed` and one that says why. The file reads from top to bottom; a rule opens each part.
+README.md tells the life of a task. This file reads from top to bottom; a rule opens each part.
 """
 
 from __future__ import annotations
@@ -62,14 +59,10 @@ T = TypeVar("T")
 
 # -- Constants: what GitHub, other programs or plain sense fix, so that nobody need configure it. --
 
-API_VERSION = "2022-11-28"
 HTTP_TIMEOUT = (10, 30)  # seconds to connect, to answer; GitHub itself gives up after 10
-MAX_REDIRECTS = 3
 MAX_BODY = 65_000  # characters; GitHub refuses a comment or pull request body over 65,536
-MAX_NESTED = 500  # objects and lists in the metadata
 MAX_METADATA = 16_000  # characters of the metadata comment, which must fit into a body with the rest
 PAGE_SIZE = 100
-SINCE_OVERLAP = 180  # seconds that a list may lag behind the issues it lists
 SECONDARY_LIMIT_PAUSE = 60  # seconds, doubled each time
 MAX_PAUSE = 3660.0  # seconds; GitHub's quota is renewed every hour
 PATIENCE = 900  # seconds that a task waits for a GitHub that is out of reach
@@ -80,8 +73,8 @@ EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every git reposito
 KILL_GRACE = 5
 OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
 OUTPUT_LINES = 50  # lines of it that are shown
-AGENT_SIDE = [f"AGENT_TASK_{name}" for name in ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")]
-AGENT_SIDE.append("AGENT_SUMMARY_FILE")  # the agent's own variables
+_ABOUT = ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")
+AGENT_SIDE = [*(f"AGENT_TASK_{name}" for name in _ABOUT), "AGENT_SUMMARY_FILE"]  # the agent's own variables
 PLUGIN_COMMAND = [sys.executable, str(Path(__file__).absolute()), "--plugin"]  # starts `serve_plugin`
 PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
 LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
@@ -318,25 +311,24 @@ class Config:
     @property
     def token(self) -> Secret:
         """The token of this moment: a task can outlive one, so its file is read each time."""
-        new = self.first_token
         with contextlib.suppress(OSError, ValueError):  # it may be about to be written
-            new = _token(self.token_file.read_text().strip()) if self.token_file else new
-        new = new or (self.tokens or [new])[-1]
-        if [new] != self.tokens[-1:]:
-            self.tokens[:] = [*self.tokens[-9:], new]
-        return new
+            new = _token(self.token_file.read_text().strip()) if self.token_file else self.first_token
+            if new and new not in self.tokens[-1:]:
+                self.tokens[:] = [*self.tokens[-9:], new]
+        return (self.tokens or [Secret()])[-1]
 
     def masked(self, text: str) -> str:
         """The text without secrets: the tokens in both of their forms, and the longer values for the agent."""
-        values = (self.env.get(name, "") for name in self.agent_env)
-        tokens = [secret for token in self.tokens for secret in (token, git_login(token))]
-        for secret in (*tokens, *(value for value in values if len(value) >= 12)):
-            text = text.replace(secret, "***") if secret else text
+        secrets = [form for token in self.tokens for form in (token, git_login(token))]
+        secrets += [value for name in self.agent_env if len(value := self.env.get(name, "")) >= 12]
+        for secret in secrets:
+            text = text.replace(secret, "***")
         return text
 
     def allows_target(self, repo: str) -> bool:
-        """Whether pull requests may go to a repository; patterns may hold `*`, case is ignored."""
-        return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in self.allowed_targets)
+        """Whether pull requests may go to what is named; patterns may hold `*`, case is ignored."""
+        patterns = self.allowed_targets if REPO_NAME.fullmatch(repo) else ()
+        return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in patterns)
 
 
 def git_login(token: str) -> str:
@@ -411,7 +403,7 @@ def split_metadata(text: str) -> tuple[str, dict[str, Any] | None]:
         with contextlib.suppress(ValueError, RecursionError):
             value, end = json.JSONDecoder().raw_decode(text, start)
             nested = text.count("{", start, end) + text.count("[", start, end)
-            if nested <= MAX_NESTED and (ended := re.compile(r"\s*-->").match(text, end)):
+            if nested <= 500 and (ended := re.compile(r"\s*-->").match(text, end)):
                 content, valid, at = value, True, ended.end()
         if not valid and (inner := METADATA_START.search(plain, start, at)):  # one was begun and never ended
             at = inner.start()
@@ -501,13 +493,9 @@ def is_branch_name(name: str) -> bool:
     return 0 < len(name) <= 200 and name.isprintable() and not re.search(bad, name)
 
 
-def target_allowed(task: Task, config: Config) -> bool:
-    return bool(REPO_NAME.fullmatch(task.target_repo)) and config.allows_target(task.target_repo)
-
-
 def claim_repo(task: Task, config: Config) -> str:
     """Where the claim belongs: with the branch, or in the usual target if there will be none."""
-    return task.target_repo if target_allowed(task, config) else config.target_repo
+    return task.target_repo if config.allows_target(task.target_repo) else config.target_repo
 
 
 def check_task(task: Task, config: Config) -> None:
@@ -516,7 +504,7 @@ def check_task(task: Task, config: Config) -> None:
     if not task.trusted:
         advice = f"An owner, member or collaborator can open the issue, or {owner} set AGENT_ALLOWED_AUTHORS."
         raise TaskFailed(f"{code(task.author)} may not give work to this runner.", advice)
-    if not target_allowed(task, config):
+    if not config.allows_target(task.target_repo):
         advice = f"Name another target, or {owner} add it to AGENT_ALLOWED_TARGETS."
         raise TaskFailed(f"This runner may not change the repository {code(task.target_repo)}.", advice)
     if task.base and not is_branch_name(task.base):
@@ -679,9 +667,8 @@ def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
 
 def has_label(issue: Mapping[str, Any], *labels: str) -> bool:
     """Whether an issue carries one of the labels; GitHub ignores their case."""
-    return not {label.lower() for label in labels}.isdisjoint(
-        str(label["name"]).lower() for label in issue.get("labels", ())
-    )
+    carried = {str(label["name"]).lower() for label in issue.get("labels", ())}
+    return any(label.lower() in carried for label in labels)
 
 
 def is_wanted(issue: Mapping[str, Any], config: Config) -> bool:
@@ -753,14 +740,19 @@ class GitHub:
         self._limits_in_a_row, self._scarcity = 0, 1.0
         self._session = requests.Session()
         self._session.auth = self._sign_in  # requests would put ~/.netrc before a plain header
-        self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": API_VERSION})
+        self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"})
         self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
 
     def request(self, method: str, path: str, body: Any = None, etag: str = "") -> Answer:
         """One request, sent again only if GitHub refused it for a limit."""
         while True:
             with self._lock:
-                self._pace(method != "GET")
+                pause = self._not_before - self._clock.monotonic()
+                if pause > 0 and self._clock.wait(self._stop, pause):
+                    raise Stopping
+                if method != "GET":
+                    self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
+                    self._next_write = self._clock.monotonic() + self._config.write_interval
                 response = self._send(method, path, body, etag)
                 if not self._observe(response):
                     return self._answer(method, path, response)
@@ -769,24 +761,15 @@ class GitHub:
         request.headers["Authorization"] = f"Bearer {self._config.token}"
         return request
 
-    def _pace(self, write: bool) -> None:
-        """Waits until a request may be sent."""
-        pause = self._not_before - self._clock.monotonic()
-        if pause > 0 and self._clock.wait(self._stop, pause):
-            raise Stopping
-        if write:
-            self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
-            self._next_write = self._clock.monotonic() + self._config.write_interval
-
     def _send(self, method: str, path: str, body: Any, etag: str) -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
         https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
         url = path if "://" in path else self._config.api_url + path
         # An agent may have found a secret and told it.
         body = body and {k: self._config.masked(v) if k in ("title", "body") else v for k, v in body.items()}
-        headers = {"If-None-Match": etag or None}  # requests leaves out what is None
-        options: dict[str, Any] = {"headers": headers, "timeout": HTTP_TIMEOUT, "allow_redirects": False}
-        for _ in range(MAX_REDIRECTS + 1):
+        options: dict[str, Any] = {"timeout": HTTP_TIMEOUT, "allow_redirects": False}
+        options["headers"] = {"If-None-Match": etag or None}  # requests leaves out what is None
+        for _ in range(4):
             if urlsplit(url)[:2] != urlsplit(self._config.api_url)[:2]:
                 raise ApiRefused(f"{method} {path} leads to another host, {urlsplit(url).netloc}")
             try:
@@ -816,33 +799,28 @@ class GitHub:
         return limited
 
     def poll_pause(self, interval: float) -> float:
-        """Seconds from one poll to the next. When less than a fifth of the quota is left, polls become rarer, until it
-        is renewed: what is left is for the work."""
+        """Seconds from one poll to the next: longer with less than a fifth of the quota left, which is for work."""
         return max(interval, min(interval * self._scarcity, self._renewal - self._clock.monotonic()))
 
     def _answer(self, method: str, path: str, response: requests.Response) -> Answer:
-        data, headers = None, response.headers
-        try:
-            data = response.json() if response.content else None
-        except requests.JSONDecodeError as error:
-            if response.status_code < 400:  # a proxy's or a hotel's page
-                raise Unreachable(f"the answer to {method} {path} is not GitHub's") from error
-        if method == "GET" and response.status_code == 200 and not isinstance(data, dict | list):
-            raise Unreachable(f"the answer to {method} {path} is not GitHub's")
-        if response.status_code >= 400:
-            raise refusal(method, path, response.status_code, data)
+        data, status, headers = None, response.status_code, response.headers
+        with contextlib.suppress(requests.JSONDecodeError):
+            data = response.json()
+        if status >= 400:
+            raise refusal(method, path, status, data)
+        if (response.content or (method, status) == ("GET", 200)) and not isinstance(data, dict | list):
+            raise Unreachable(f"the answer to {method} {path} is not GitHub's")  # but a proxy's or a hotel's page
         next_url = str(response.links.get("next", {}).get("url", ""))
-        return Answer(response.status_code, data, headers.get("etag", ""), next_url, server_time(headers))
+        return Answer(status, data, headers.get("etag", ""), next_url, server_time(headers))
 
     def _repeat(self, method: str, path: str, body: Any = None, last: bool = False) -> Answer:
-        """A request that may be sent twice, and is while GitHub is out of reach; a `last` one only for some seconds,
-        also when the runner is to stop."""
+        """A request that may be sent twice; while GitHub is away a `last` one is for seconds, whatever `stop` says."""
         stop, patience = (threading.Event(), 8) if last else (self._stop, PATIENCE)
         return patiently(lambda: self.request(method, path, body), self._clock, stop, patience)
 
     def _create(self, path: str, body: Mapping[str, Any], find: Callable[[], Any], asked: bool = False) -> Any:
-        """POSTs something that must not be made twice, and returns it. GitHub may do what it was asked and answer
-        500, or not at all, and has no key against doubles: so it is looked for before it is asked for again."""
+        """POSTs something that must not be made twice, and returns it. GitHub may have made it although no good answer
+        came, and has no key against doubles: so it is looked for before it is asked for again."""
 
         def step() -> Any:
             nonlocal asked
@@ -883,13 +861,13 @@ class GitHub:
         self._repeat("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
 
     def add_label(self, number: int, label: str, looks: tuple[str, str]) -> None:
-        """Labels an issue. GitHub makes a label that the repository lacks, grey and without a description, and answers
-        with all of the issue's labels: a new one gets its looks then, and the usual case costs one request."""
+        """Labels an issue. A label that the repository lacks GitHub makes, grey and without a description; the answer
+        holds all of the issue's labels, so that only a new one costs a second request, for its looks."""
         path = f"{self._dispatch}/issues/{number}/labels"
         for made in self._create(path, {"labels": [label]}, find=lambda: None):
             new = made["color"] == "ededed" and not made.get("description")
             if new and made["name"].lower() == label.lower():
-                body = dict(zip(("color", "description"), looks, strict=True))
+                body = {"color": looks[0], "description": looks[1]}
                 with contextlib.suppress(ApiRefused, Unreachable):  # it works without
                     self.request("PATCH", f"{self._dispatch}/labels/{quote(label, safe='')}", body)
 
@@ -962,11 +940,10 @@ Page = tuple[str, list[Row], str]  # its ETag, its rows, the address of the next
 
 
 class Queue:
-    """The queued issues in `waiting`, by number, also those in work somewhere. GitHub can list by labels that
-    are there, not by those that are not: finished issues that stay open are in the list. So that they cost nothing, a
-    list that was read to its end is asked from then on only for what changed `since`. Offset paging can skip a row
-    when another leaves the list between two pages: so a list of several pages counts as read only when a second
-    reading finds nothing that the first missed. What did not change is answered 304, which uses no quota:
+    """The queued issues in `waiting`, by number, also those in work somewhere. Finished issues that stay open are in
+    GitHub's list too: so that they cost nothing, a list that was read to its end is asked from then on only for what
+    changed `since`. Offset paging can skip a row when another leaves the list between two pages: so several pages
+    count as read only when a second reading finds nothing that the first missed. A 304 uses no quota:
     https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#use-conditional-requests-if-appropriate
     """
 
@@ -991,8 +968,8 @@ class Queue:
         missed = any(row.updated <= newest and row.number not in self._seen for row in rows.values())
         settled = self._seen and not missed
         self._pages, self._seen = pages, rows if len(rows) >= PAGE_SIZE else {}
-        # The next reading may begin shortly before this one, if a single page holds it then.
-        since = utc(at - SINCE_OVERLAP)
+        # The next reading may begin before this one, as the list may lag, if a single page holds it then.
+        since = utc(at - 180)
         if settled and self._seen and sum(row.updated >= since for row in rows.values()) < PAGE_SIZE:
             self._since, self._pages, self._seen = since, {}, {}
 
@@ -1048,10 +1025,8 @@ def run_process(
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         feed.write(stdin)
         feed.seek(0)
-        errors = subprocess.STDOUT if merged else err
-        process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=feed, stdout=out, stderr=errors, start_new_session=True
-        )
+        outputs: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT if merged else err}
+        process = subprocess.Popen(command, cwd=cwd, env=env, stdin=feed, start_new_session=True, **outputs)
         deadline, stop = time.monotonic() + timeout, stop or threading.Event()
         try:
             while process.poll() is None and time.monotonic() <= deadline and not stop.is_set():
@@ -1059,12 +1034,10 @@ def run_process(
                     process.wait(0.2)
         finally:
             ended = "" if process.poll() is not None else "stop" if stop.is_set() else "timeout"
-            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-                if ended:  # with a moment to clean up
-                    os.killpg(process.pid, signal.SIGTERM)
-                    process.wait(KILL_GRACE)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for how in [signal.SIGTERM, signal.SIGKILL] if ended else [signal.SIGKILL]:
+                with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, how)
+                    process.wait(KILL_GRACE)  # a moment to clean up
             process.wait()
         out.seek(max(0, out.seek(0, os.SEEK_END) - OUTPUT_KEPT) if merged else 0)
         err.seek(0)
