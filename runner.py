@@ -27,13 +27,11 @@ import itertools
 import json
 import logging
 import os
-import random
 import re
 import secrets
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -268,7 +266,7 @@ class Config:
         values["home"] = values["home"] or values["state_dir"] / "home"
         values["process_task"] = values["process_task"] or ("command" if values["command"] else "patch")
         values["allowed_targets"] = values["allowed_targets"] or (values["target_repo"],)
-        values["runner_id"] = values["runner_id"] or f"{socket.gethostname()}:{values['state_dir']}"
+        values["runner_id"] = values["runner_id"] or f"{os.uname().nodename}:{values['state_dir']}"
         # No account has this address, so that no stranger's picture gets beside the commits.
         address = f"agent-runner@noreply.{urlsplit(values['server_url']).hostname}"
         values["commit_email"] = values["commit_email"] or address
@@ -424,8 +422,7 @@ def key_lines(text: str) -> dict[str, str]:
 
 
 def find_instruction(body: str, title: str) -> str:
-    """The text after the `## Instruction(s)` heading, else the body, else the title. It runs to the end of the body,
-    since an instruction may hold headings of its own; the metadata in either form does not belong to it."""
+    """All after the `## Instruction(s)` heading, else the body, else the title; without the metadata in either form."""
     plain = outside_fences(body)
     if heading := INSTRUCTION_HEADING.search(plain):
         return split_metadata(body[heading.end() :])[0]
@@ -709,12 +706,12 @@ class Clock:
 
     def jitter(self, seconds: float) -> float:
         """About so many seconds, so that many runners do not come back in the same moment."""
-        return seconds * random.uniform(0.8, 1.2)  # noqa: S311 (nothing secret hangs on it)
+        return seconds * secrets.SystemRandom().uniform(0.8, 1.2)
 
 
 def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event, patience: float = PATIENCE) -> T:
-    """Takes a step again for as long as GitHub is out of reach, with pauses of `patience` seconds at most in all. What
-    an agent has done in an hour is not to be lost to a minute without network. The step must bear being repeated."""
+    """Takes a step, which must bear being repeated, again while GitHub is out of reach, for about `patience` seconds:
+    what an agent has done in an hour is not to be lost to a minute without network."""
     pause, left = 1.0, patience
     while True:
         try:
@@ -1003,53 +1000,54 @@ class Queue:
 
 
 class Finished(NamedTuple):
-    """A process that has ended. `ended` is "" if it did so by itself, else "timeout" or "stop"."""
+    """A process that has ended; `late` is "" if it did so by itself, else "timeout"."""
 
     code: int
-    out: bytes
-    err: bytes
-    ended: str
-
-    @property
-    def output(self) -> str:
-        return self.out.decode("utf-8", "replace")
+    out: str
+    err: str
+    late: str
 
 
 def run_process(
     command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float,
     stdin: bytes = b"", stop: threading.Event | None = None, merged: bool = False
 ) -> Finished:  # fmt: skip
-    """Runs a command to its end, `timeout` seconds or `stop`, and ends its process group; raises OSError. `merged`
-    keeps the last OUTPUT_KEPT bytes of both outputs. They are files: a daemon left behind may hold a pipe open."""
+    """Runs a command for at most `timeout` seconds, and ends its process group; raises OSError or, on `stop`, Stopping.
+    `merged` keeps the last OUTPUT_KEPT bytes of both outputs. They are files: a daemon may hold a pipe open."""
+    stop = stop or threading.Event()
+    if stop.is_set():
+        raise Stopping
     log.debug("run %s", shlex.join(command))
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         feed.write(stdin)
         feed.seek(0)
         outputs: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT if merged else err}
         process = subprocess.Popen(command, cwd=cwd, env=env, stdin=feed, start_new_session=True, **outputs)
-        deadline, stop = time.monotonic() + timeout, stop or threading.Event()
+        deadline = time.monotonic() + timeout
         try:
             while process.poll() is None and time.monotonic() <= deadline and not stop.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
         finally:
-            ended = "" if process.poll() is not None else "stop" if stop.is_set() else "timeout"
-            for how in [signal.SIGTERM, signal.SIGKILL] if ended else [signal.SIGKILL]:
+            late = "timeout" if process.poll() is None else ""
+            for how in [signal.SIGTERM, signal.SIGKILL] if late else [signal.SIGKILL]:
                 with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, how)
                     process.wait(KILL_GRACE)  # a moment to clean up
             process.wait()
+        if late and stop.is_set():
+            raise Stopping
         out.seek(max(0, out.seek(0, os.SEEK_END) - OUTPUT_KEPT) if merged else 0)
         err.seek(0)
-        return Finished(process.returncode, out.read(), err.read(), ended)
+        printed = out.read().decode("utf-8", "replace" if merged else "surrogateescape")
+        return Finished(process.returncode, printed, err.read().decode("utf-8", "replace"), late)
 
 
 # -- Git and the workspace: the only place that runs git. ------------------------------------------
 #
-# Three repositories per task. The private bare mirror of the target is shared by all its tasks. A
-# private repository with an index of its own belongs to one task; it is what the runner commits
-# with and pushes from. The agent gets a throw-away `.git`: it borrows the mirror's history, knows
-# no remote, and is never read again.
+# Three repositories per task: the private bare mirror of the target, shared by all its tasks; one
+# of the task's own, which the runner commits with; and the agent's throw-away `.git`, which borrows
+# the mirror's history, knows no remote, and is never read again.
 
 GIT_SETTINGS = {
     "core.hooksPath": "/dev/null",
@@ -1069,15 +1067,14 @@ GIT_ENV = {
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_TERMINAL_PROMPT": "0",
 }
 CHECKOUT_CONFIG = "[core]\nrepositoryformatversion = 0\nbare = false\n[user]\nname = agent\nemail = agent@localhost\n"
 GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.I)
 
 
 class Git:
-    """Runs git with no configuration but the runner's, and with the token only where it is needed. The token travels
-    in the environment of that one process: never in an argument, an address or a file.
+    """Runs git with no configuration but the runner's. The token is only where it is needed, in that one process's
+    environment: never in an argument, an address or a file.
     https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT"""
 
     def __init__(self, config: Config, stop: threading.Event | None = None) -> None:
@@ -1087,44 +1084,36 @@ class Git:
     def url(self, repo: str) -> str:
         return f"{self._config.server_url}/{repo}.git"
 
-    def _sign_in(self) -> dict[str, str]:
-        server = self._config.server_url
-        login = f"Authorization: Basic {git_login(self._config.token)}"
-        return {f"http.{server}/.extraHeader": login, f"protocol.{urlsplit(server).scheme}.allow": "always"}
-
     def __call__(
         self, *command: str, git_dir: Path, work_tree: Path | None = None, stdin: bytes = b"",
         remote: str = "", env: Mapping[str, str] | None = None, timeout: float = GIT_TIMEOUT
     ) -> str:  # fmt: skip
-        """What one git command prints. Only one that speaks to a `remote` repository, which it names, has the token.
-        Raises GitFailed or, with `remote`, what that means for the task."""
-        settings = GIT_SETTINGS | (self._sign_in() if remote else {})
+        """What one git command prints; it has the token if it speaks to a `remote` repository, which it names. Raises
+        GitFailed or, with `remote`, what that means for the task."""
+        settings, server = dict(GIT_SETTINGS), self._config.server_url
+        if remote:
+            settings[f"http.{server}/.extraHeader"] = f"Authorization: Basic {git_login(self._config.token)}"
+            settings[f"protocol.{urlsplit(server).scheme}.allow"] = "always"
         place = {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings)), **(env or {})}
         for index, (key, value) in enumerate(settings.items()):
             place |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
         if work_tree:
             place |= {"GIT_WORK_TREE": str(work_tree), "GIT_INDEX_FILE": str(git_dir / "index")}
-        argv, cwd = ["git", *command], work_tree or git_dir
-        if self.stop.is_set():
-            raise Stopping
         try:
-            done = run_process(argv, cwd, self._env | place, timeout, stdin, self.stop)
+            done = run_process(["git", *command], work_tree or git_dir, self._env | place, timeout, stdin, self.stop)
         except OSError as error:
             raise GitFailed(f"git does not start: {error}", output=str(error)) from error
-        if done.ended == "stop":
-            raise Stopping
-        if done.code or done.ended:
-            said = [done.err.decode("utf-8", "replace").strip(), done.output.strip(), done.ended]
+        if done.code or done.late:
+            said = [done.err.strip(), encodable(done.out).strip(), done.late]
             output = "\n".join(filter(None, said)) or f"status {done.code}"
             failure = GitFailed(f"git {command[0]} failed: {output}", output=output)
             raise remote_failure(failure, remote) if remote else failure
-        return done.out.decode("utf-8", "surrogateescape")
+        return done.out
 
     def refs(self, repo: str, *names: str) -> tuple[str, dict[str, str]]:
         """A remote repository's default branch, and the commits of those of these refs that are there."""
         default, found = "", {}
-        command = ("ls-remote", "--symref", self.url(repo), *names)
-        printed = self(*command, git_dir=Path("/"), remote=repo)  # it needs no repository
+        printed = self("ls-remote", "--symref", self.url(repo), *names, git_dir=Path("/"), remote=repo)
         for value, _, name in (line.partition("\t") for line in printed.splitlines()):
             if value.startswith("ref: refs/heads/") and name == "HEAD":
                 default = value.removeprefix("ref: refs/heads/")
@@ -1162,8 +1151,7 @@ REMOTE_FAILURES = {  # what git says: what it means, and what to do
     ),
     r"(hook|push) declined|error: GH\d{3}:|hidden ref|funny refname": (
         "refuses the push.",
-        "See what its rules say about branches; if it is the claims that it refuses, the runner's owner can set"
-        " AGENT_CLAIM_REFS=refs/heads/agent-claims.",
+        "See its rules; if it refuses the claims, the runner's owner can set AGENT_CLAIM_REFS=refs/heads/agent-claims.",
     ),
 }
 BROKEN = re.compile(  # what git says of a repository on this machine that has lost something
@@ -1200,30 +1188,25 @@ def lock_file(path: Path, how: int = fcntl.LOCK_EX) -> IO[str] | None:
 
 def remove_tree(folder: Path) -> None:
     """Deletes a folder, also what an agent made unreadable."""
-    with contextlib.suppress(OSError):
-        folder.chmod(stat.S_IRWXU)
-    for path, folders, _ in os.walk(folder):
-        for inner in (Path(path, name) for name in folders):
-            with contextlib.suppress(OSError):
-                if not inner.is_symlink():
-                    inner.chmod(stat.S_IRWXU)
+    inside = (Path(path, name) for path, folders, _ in os.walk(folder) for name in folders)
+    for path in itertools.chain([folder], inside):  # what is made readable is walked next
+        with contextlib.suppress(OSError):
+            if not path.is_symlink():
+                path.chmod(stat.S_IRWXU)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def take_folder(work: Path) -> tuple[Path, IO[str]]:
     """An empty folder for this process alone, `0` for the first one on this machine, and the lock that says so. What
     processes that are dead have left is deleted."""
-    mine: tuple[Path, IO[str]] | None = None
-    for number in itertools.count():
-        folder, lock = work / str(number), work / f"{number}.lock"
-        if mine and not lock.exists():
-            return mine
-        if held := lock_file(lock):
-            remove_tree(folder)
-            if mine:
-                held.close()
-            mine = mine or (folder, held)
-    raise AssertionError
+    mine = next(filter(None, (lock_file(work / f"{number}.lock") for number in itertools.count())))
+    folder = Path(mine.name).with_suffix("")
+    remove_tree(folder)
+    for other in work.glob("*.lock"):
+        if unused := lock_file(other):
+            with unused:
+                remove_tree(other.with_suffix(""))
+    return folder, mine
 
 
 def disk_usage(*folders: Path) -> int:
@@ -1299,19 +1282,14 @@ class Mirror:
             if self._git(*read, git_dir=self.path).strip() == commit:
                 return commit
         with self._locked(".lock"):
-            if not self.path.exists():
-                made = self.path.with_suffix(".new")  # whole or not at all
-                shutil.rmtree(made, ignore_errors=True)
-                made.mkdir()
-                self._git("init", "--quiet", "--bare", "--template=", git_dir=made)
-                made.rename(self.path)
+            if not (self.path / "info/attributes").exists():  # what is written last
+                write_repository(self.path)
             for stale in (*self.path.glob("refs/mirror/*.lock"), *self.path.glob("objects/pack/tmp_*")):
                 stale.unlink()  # of a git that was killed
             command = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--force", self._git.url(self._repo))
             self._git(*command, f"{ref}:{own}", git_dir=self.path, remote=self._repo)
-            tidy = ("-c", "gc.auto=6700", "-c", "gc.autoDetach=false", "gc", "--auto", "--quiet")
             with contextlib.suppress(GitFailed):
-                self._git(*tidy, git_dir=self.path)
+                self._git("-c", "gc.auto=6700", "-c", "gc.autoDetach=false", "gc", "--auto", "-q", git_dir=self.path)
         return self._git(*read, git_dir=self.path).strip()
 
     @contextlib.contextmanager
@@ -1356,7 +1334,7 @@ class Checkout:
         write_repository(self.git_dir, self._lenders)
         write_repository(throw_away, self._lenders[:1], branch, self.workspace.commit)
         (self.folder / "tmp").mkdir()
-        self._run("read-tree", "--reset", "-u", self.workspace.commit)
+        self.run("read-tree", "--reset", "-u", self.workspace.commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
 
     def commit(self, message: str, config: Config) -> str:
@@ -1366,35 +1344,34 @@ class Checkout:
         write_repository(self.git_dir, self._lenders)  # as it was, whatever has been written there meanwhile
         self._refuse_nested_repositories()
         try:
-            self._run("add", "--all", ".")
+            self.run("add", "--all", ".")
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
         self._check_changes(config)
-        tree, base = self._run("write-tree").strip(), self.workspace.commit
-        if tree == self._run("rev-parse", f"{base}^{{tree}}").strip():
+        tree, base = self.run("write-tree").strip(), self.workspace.commit
+        if tree == self.run("rev-parse", f"{base}^{{tree}}").strip():
             return ""
         who = {"NAME": config.commit_name, "EMAIL": config.commit_email}
         env = {f"GIT_{role}_{key}": who[key] for role in ("AUTHOR", "COMMITTER") for key in who}
-        return self._run("commit-tree", tree, "-p", base, "-F", "-", stdin=message.encode(), env=env).strip()
+        return self.run("commit-tree", tree, "-p", base, "-F", "-", stdin=message.encode(), env=env).strip()
 
     def _refuse_nested_repositories(self) -> None:
         """Before `git add`, which would read their configuration, and that can name programs to run."""
-        top, nested = self.workspace.path, []
-        for path, folders, files in os.walk(top):
-            if ".git" in (*folders, *files) and path != str(top):
-                nested.append(os.path.relpath(path, top))
+        top = self.workspace.path
+        found = [path for path, folders, files in os.walk(top) if ".git" in (*folders, *files)]
+        nested = [os.path.relpath(path, top) for path in found if path != str(top)]
         ignored: set[str] = set()
         if nested:
             names = "\0".join(nested).encode("utf-8", "surrogateescape")
             with contextlib.suppress(GitFailed):  # status 1: none of them
-                ignored = set(self._run("check-ignore", "-z", "--stdin", stdin=names).split("\0"))
+                ignored = set(self.run("check-ignore", "-z", "--stdin", stdin=names).split("\0"))
         if refused := [path for path in nested if path not in ignored]:
             raise TaskFailed(f"{code(refused[0])} is a git repository of its own, which cannot be committed.")
 
     def _check_changes(self, config: Config) -> None:
         """Refuses what a pull request must not bring: too much, workflows, links that lead out."""
         options = ("--cached", "--raw", "--no-renames", "-z")
-        listed = self._run("diff-index", *options, self.workspace.commit).split("\0")
+        listed = self.run("diff-index", *options, self.workspace.commit).split("\0")
         modes = {path: raw.split()[1] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
         files = [path for path, mode in modes.items() if mode in ("100644", "100755")]
         top = self.workspace.path
@@ -1412,11 +1389,8 @@ class Checkout:
                 if (top / path).readlink().is_absolute() or not leads_to.is_relative_to(os.path.realpath(top)):
                     raise TaskFailed(f"{code(path)} is a link that leads out of the repository.")
 
-    def apply(self, patch: str) -> None:
-        """Applies a patch to the workspace, whole or not at all; raises GitFailed."""
-        self._run("apply", "--whitespace=nowarn", "-", stdin=patch.encode())
-
-    def _run(self, *command: str, **options: Any) -> str:
+    def run(self, *command: str, **options: Any) -> str:
+        """What git prints, with the runner's repository and the agent's files."""
         return self._git(*command, git_dir=self.git_dir, work_tree=self.workspace.path, **options)
 
 
@@ -1607,7 +1581,7 @@ def process_patch(work: Work) -> tuple[str, str]:
         why = "The instruction holds no ```diff or ```patch block, and this runner applies patches."
         raise TaskFailed(why, "Add one, or let the runner's owner set AGENT_COMMAND to a coding agent.")
     try:
-        work.checkout.apply("".join(patches))
+        work.checkout.run("apply", "--whitespace=nowarn", "-", stdin="".join(patches).encode())
     except GitFailed as failure:
         advice = f"Make it against the newest commit of {code(work.checkout.workspace.base)}."
         raise TaskFailed("The patch does not apply.", advice, failure.output) from None
@@ -1655,11 +1629,9 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     except OSError as error:
         advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
         raise TaskFailed(f"The agent cannot be started: {error.strerror}.", advice) from None
-    if done.ended == "stop":
-        raise Stopping
-    if done.ended:
+    if done.late:
         advice = "Ask for less at a time, or let the runner's owner raise AGENT_TASK_TIMEOUT."
-        raise TaskFailed(f"The agent ran out of time ({duration(config.task_timeout)}).", advice, done.output)
+        raise TaskFailed(f"The agent ran out of time ({duration(config.task_timeout)}).", advice, done.out)
     return done, read_regular(summary)
 
 
@@ -1669,8 +1641,8 @@ def process_command(work: Work) -> tuple[str, str]:
     done, summary = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
     if done.code:
         how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"
-        raise TaskFailed(f"The agent ended with {how}.", output=done.output)
-    return summary.strip() or folded_output(done.output), done.output
+        raise TaskFailed(f"The agent ended with {how}.", output=done.out)
+    return summary.strip() or folded_output(done.out), done.out
 
 
 def read_regular(path: Path) -> str:
@@ -1687,11 +1659,11 @@ def process_plugin(work: Work) -> tuple[str, str]:
     order = {"task": vars(work.task), **vars(work.checkout.workspace)}
     done, text = run_agent(work, [*PLUGIN_COMMAND, work.config.process_task], json.dumps(order, default=str))
     if done.code == PLUGIN_CODES["retry"]:
-        raise TaskRetry(text, output=done.output)
+        raise TaskRetry(text, output=done.out)
     if done.code:
         why = f"The plug-in ended with status {done.code} before it had returned."
-        raise TaskFailed(text if done.code == PLUGIN_CODES["failed"] else why, output=done.output)
-    return text, done.output
+        raise TaskFailed(text if done.code == PLUGIN_CODES["failed"] else why, output=done.out)
+    return text, done.out
 
 
 def serve_plugin(spec: str, order: str) -> int:
@@ -2217,7 +2189,7 @@ def check_agent(config: Config) -> str:
         env = allowed_environment(config)
         done = run_process([*PLUGIN_COMMAND, config.process_task], Path("/"), env, timeout=60, merged=True)
         if done.code:
-            said = printable((done.output.strip() or done.ended or f"status {done.code}").splitlines()[-1])
+            said = printable((done.out.strip() or done.late or f"status {done.code}").splitlines()[-1])
             why = f"process_task: {config.process_task}: {said}"
             raise TaskFailed(why, "Mend the plug-in, or AGENT_PROCESS_TASK.")
     return f"process_task: {config.process_task}"
