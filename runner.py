@@ -267,9 +267,8 @@ class Config:
         values["process_task"] = values["process_task"] or ("command" if values["command"] else "patch")
         values["allowed_targets"] = values["allowed_targets"] or (values["target_repo"],)
         values["runner_id"] = values["runner_id"] or f"{os.uname().nodename}:{values['state_dir']}"
-        # No account has this address, so that no stranger's picture gets beside the commits.
         address = f"agent-runner@noreply.{urlsplit(values['server_url']).hostname}"
-        values["commit_email"] = values["commit_email"] or address
+        values["commit_email"] = values["commit_email"] or address  # no account's, so no stranger's picture is shown
         config = cls(**values)
         if problems := [*problems, *config._contradictions()]:
             raise ConfigError("\n  - ".join(["cannot start:", *problems]))
@@ -302,8 +301,7 @@ class Config:
         """A warning for each AGENT_* variable that nothing reads, with the nearest known name."""
         known = {*self.variables(), *self.agent_env, *AGENT_SIDE}
         for name in sorted(name for name in self.env if name.startswith("AGENT_") and name not in known):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))
             yield f"{name} is set, but the runner knows no such variable{hint}"
 
     @property
@@ -350,9 +348,8 @@ printable = functools.partial(re.compile(ESCAPES + r"|[\x00-\x08\x0b-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Task:
-    """One dispatch issue, understood; what `process_task` gets. `metadata` goes back as it came in, `slug` is its
-    `task_id` made safe for a branch name, `base` the branch to start from or "" for the default one, `context` what
-    the issue is about ("issue acme/widgets#42") or "", `issue` GitHub's own JSON."""
+    """One dispatch issue, understood: what `process_task` gets. `slug` is the `task_id` made safe for a branch name,
+    `base` the branch to start from or "", `context` what it is about ("issue acme/widgets#42"), `issue` its JSON."""
 
     number: int
     dispatch_repo: str
@@ -697,9 +694,6 @@ class Clock:
         """Seconds that go on while the machine sleeps, where the system has such a clock."""
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
     def wait(self, event: threading.Event, seconds: float) -> bool:
         """Waits for the event, at most so many seconds; whether it happened."""
         return event.wait(seconds)
@@ -748,7 +742,7 @@ class GitHub:
                 if pause > 0 and self._clock.wait(self._stop, pause):
                     raise Stopping
                 if method != "GET":
-                    self._clock.sleep(max(0.0, self._next_write - self._clock.monotonic()))
+                    self._clock.wait(threading.Event(), max(0.0, self._next_write - self._clock.monotonic()))
                     self._next_write = self._clock.monotonic() + self._config.write_interval
                 response = self._send(method, path, body, etag)
                 if not self._observe(response):
@@ -883,8 +877,7 @@ class GitHub:
         try:
             pull = self._create(f"/repos/{repo}/pulls", body, find, again)
         except ApiRefused as error:
-            # 422 "A pull request already exists" comes without the number of that pull request.
-            if error.status != 422 or not (pull := find()):
+            if error.status != 422 or not (pull := find()):  # 422 does not tell which one exists already
                 raise
         if marker not in str(pull["body"]):
             wanted = {key: body[key] for key in ("title", "body", "base")}
@@ -1058,14 +1051,12 @@ GIT_SETTINGS = {
     "http.lowSpeedLimit": "1000",
     "http.lowSpeedTime": "60",
     "protocol.allow": "never",
-    # A volume may belong to another user; what is in the state folder was put there by the runner.
-    "safe.directory": "*",
+    "safe.directory": "*",  # a volume may belong to another user; what is there is the runner's
 }
 GIT_ENV = {
     "HOME": "/nonexistent",  # no ~/.netrc, no ~/.config/git
     "LC_ALL": "C",  # its messages are read
     "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_ATTR_NOSYSTEM": "1",
 }
 CHECKOUT_CONFIG = "[core]\nrepositoryformatversion = 0\nbare = false\n[user]\nname = agent\nemail = agent@localhost\n"
@@ -1197,8 +1188,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def take_folder(work: Path) -> tuple[Path, IO[str]]:
-    """An empty folder for this process alone, `0` for the first one on this machine, and the lock that says so. What
-    processes that are dead have left is deleted."""
+    """An empty folder for this process alone, `0` for the first one, and its lock; deletes what dead processes left."""
     mine = next(filter(None, (lock_file(work / f"{number}.lock") for number in itertools.count())))
     folder = Path(mine.name).with_suffix("")
     remove_tree(folder)
@@ -1310,8 +1300,7 @@ def diffstat(git: Git, git_dir: Path, base: str, commit: str) -> str:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where `process_task` works: the files of the branch `base` at `commit`, checked out at `path`. The `.git`
-    in there knows the history; the runner takes the files as they are in the end, and never reads it."""
+    """Where `process_task` works: the files of `base` at `commit`, at `path`. Its `.git` is a throw-away."""
 
     path: Path
     base: str
@@ -1370,8 +1359,7 @@ class Checkout:
 
     def _check_changes(self, config: Config) -> None:
         """Refuses what a pull request must not bring: too much, workflows, links that lead out."""
-        options = ("--cached", "--raw", "--no-renames", "-z")
-        listed = self.run("diff-index", *options, self.workspace.commit).split("\0")
+        listed = self.run("diff-index", "--cached", "--raw", "--no-renames", "-z", self.workspace.commit).split("\0")
         modes = {path: raw.split()[1] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
         files = [path for path, mode in modes.items() if mode in ("100644", "100755")]
         top = self.workspace.path
@@ -1569,8 +1557,7 @@ class Work(NamedTuple):
 
 def process_task(work: Work) -> tuple[str, str]:
     """Changes the files as AGENT_PROCESS_TASK says: (summary, output). Raises TaskFailed, TaskRetry or Stopping."""
-    built_in = {"patch": process_patch, "command": process_command}
-    return built_in.get(work.config.process_task, process_plugin)(work)
+    return {"patch": process_patch, "command": process_command}.get(work.config.process_task, process_plugin)(work)
 
 
 def process_patch(work: Work) -> tuple[str, str]:

@@ -68,9 +68,6 @@ class FastClock(Clock):
     def monotonic(self) -> float:
         return super().monotonic() * self.SPEED
 
-    def sleep(self, seconds: float) -> None:
-        super().sleep(seconds / self.SPEED)
-
     def wait(self, event: threading.Event, seconds: float) -> bool:
         return super().wait(event, seconds / self.SPEED)
 
