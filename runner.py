@@ -1103,14 +1103,10 @@ class Git:
 
     def refs(self, repo: str, *names: str) -> tuple[str, dict[str, str]]:
         """A remote repository's default branch, and the commits of those of these refs that are there."""
-        default, found = "", {}
         printed = self("ls-remote", "--symref", self.url(repo), *names, git_dir=Path("/"), remote=repo)
-        for value, _, name in (line.partition("\t") for line in printed.splitlines()):
-            if value.startswith("ref: refs/heads/") and name == "HEAD":
-                default = value.removeprefix("ref: refs/heads/")
-            elif name in names:
-                found[name] = value
-        return default, found
+        default = re.search(r"^ref: refs/heads/(.+)\tHEAD$", printed, re.MULTILINE)
+        rows = (line.partition("\t") for line in printed.splitlines())
+        return default[1] if default else "", {name: value for value, _, name in rows if name in names}
 
     def push(
         self, repo: str, moves: Mapping[str, tuple[str, str]], git_dir: Path, timeout: float = GIT_TIMEOUT
