@@ -7,7 +7,10 @@
 
     GITHUB_TOKEN=... AGENT_DISPATCH_REPO=you/tasks AGENT_TARGET_REPO=you/project python runner.py
 
-README.md tells the life of a task. This file reads from top to bottom; a rule opens each part.
+The life of a task: an open issue in the dispatch repository carries the label `copilot-agent`. One runner claims it,
+labels it `agent-processing` and comments; `process_task` changes files in a clean checkout of the target repository;
+the runner commits, pushes `agent-task-<id>` and opens a pull request. Then the issue gets a comment with the link and
+`agent-done`, or one that says why not and `agent-failed`. The file reads from top to bottom; a rule opens each part.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class CalledOff:
         self.world, (call_off, self._wish_again) = world, CALLED_OFF[way]
         world.open("Do something.")
         self.agent = Agent.waiting(world.folder)
-        self.runner = world.runner(None, AGENT_LEASE="3", AGENT_POLL_INTERVAL="1", **self.agent.env)
+        self.runner = world.runner(None, AGENT_LEASE="6", AGENT_POLL_INTERVAL="1", **self.agent.env)
         with Daemon(self.runner) as daemon:
             pid = self.agent.pid()
             call_off(world)
@@ -275,7 +275,7 @@ def test_the_same_process_takes_up_again_what_was_called_off(world: World, way: 
     call_off, wish_again = CALLED_OFF[way]
     world.open("Do something.")
     agent, now = Agent.waiting(world.folder), world.github.now
-    with Daemon(world.runner(None, AGENT_LEASE="3", AGENT_POLL_INTERVAL="1", **agent.env)) as daemon:
+    with Daemon(world.runner(None, AGENT_LEASE="6", AGENT_POLL_INTERVAL="1", **agent.env)) as daemon:
         pid = agent.pid()
         call_off(world)
         wait_until(lambda: not alive(pid) and not world.claims())
