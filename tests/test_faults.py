@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -488,6 +489,22 @@ def test_an_issue_that_another_runner_finished_since_the_poll_is_not_run_again(w
     world.github.faults.append(slow)
     assert world.run_once(**agent.env).outcomes["done"] == 0
     assert_untouched(world, agent)
+
+
+def test_a_done_issue_that_is_itself_shown_as_it_was_is_not_run_again(world: World) -> None:
+    """List and issue come from a replica that lags behind; the branch and the last comment tell the truth."""
+    agent = Agent(world.folder)
+    world.open("Do something.")
+    issues = f".*/{DISPATCH}/issues"
+    issue = GitHub(world.config(), Clock(), threading.Event()).issue(1)
+    old = [Fault(path=issues, status=200, body=queue_of(world)), Fault(path=f"{issues}/1", status=200, body=issue)]
+    world.github.now = lambda: time.time() + 60
+    world.run_once(**agent.env)
+    world.github.faults += old
+    world.run_once(AGENT_STATE_DIR=str(world.folder / "other"), AGENT_RUNNER_ID="other", **agent.env)
+    assert [fault.seen for fault in old] == [1, 1]
+    assert_done_once(world)
+    assert len(agent.runs()) == 1
 
 
 # -- a token that is replaced ----------------------------------------------------------------------
