@@ -1813,7 +1813,8 @@ class Attempt:
         log.warning("issue=%d skipped: it is %s, its labels: %s", self.number, issue["state"], labels)
         self.settled = str(issue["updated_at"])
         if has_label(issue, self._config.processing_label):
-            self.release("It is not tried again: the issue was closed, or lost its label.")
+            over = is_wanted(issue, self._config)  # but done or failed, as the last comment says
+            self.release("" if over else "It is not tried again: the issue was closed, or lost its label.")
         return None
 
     def look_in(self) -> None:
@@ -1931,8 +1932,8 @@ class Attempt:
     def release(self, why: str) -> None:
         """Takes the issue out of work without an end."""
         self._github.remove_label(self.number, self._config.processing_label, last=True)
-        log.info("issue=%d released: %s", self.number, why)
-        if self._comment or self._again:
+        log.info("issue=%d released. %s", self.number, why)
+        if why and (self._comment or self._again):
             self._say(why)
 
     def _say(self, text: str, output: str = "") -> None:
