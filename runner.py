@@ -1715,7 +1715,7 @@ class Attempt:
         self._refused: TaskFailed | None = None  # why the target cannot be had
         self._run, self._again = self.claim.nonce, bool(seen.record)  # whether some of it may have been done
         self._git = Git(self._config, self.halt)
-        self._comment: int | None = None
+        self._comments: dict[str, int] = {}
         self._cancelled, self._etag = "", ""
 
     @property
@@ -1912,7 +1912,7 @@ class Attempt:
         rows = {"Task": code(task.task_id), **rows, "Attempt": str(task.attempt), "Duration": took}
         body = render_comment(self._run, "end", blocks(text, table(rows)), output, metadata_comment(task.metadata))
         try:
-            self._github.comment(self.number, body, step_marker(self._run, "end"), self._again)
+            self._comment("end", body)
         except ApiRefused as refused:  # a conversation can be locked; the labels still tell the end
             log.error("issue=%d no comment: %s", self.number, refused)
         self._github.add_label(self.number, getattr(self._config, f"{end}_label"), LABELS[end])
@@ -1933,19 +1933,22 @@ class Attempt:
         """Takes the issue out of work without an end."""
         self._github.remove_label(self.number, self._config.processing_label, last=True)
         log.info("issue=%d released. %s", self.number, why)
-        if why and (self._comment or self._again):
+        if why and (self._comments or self._again):
             self._say(why)
 
     def _say(self, text: str, output: str = "") -> None:
-        """The comment that tells how the task goes on: made once, edited from then on. The work does not hang on it."""
-        body, known = render_comment(self._run, "start", text, output), self._comment
+        """The comment that tells how the task goes on. The work does not hang on it."""
         try:
-            marker = step_marker(self._run, "start")
-            self._comment = known or self._github.comment(self.number, body, marker, self._again)
-            if known or self._again:
-                self._github.edit_comment(self._comment, body)
+            self._comment("start", render_comment(self._run, "start", text, output))
         except (ApiRefused, Unreachable) as error:
             log.warning("issue=%d no comment: %s", self.number, error)
+
+    def _comment(self, step: str, body: str) -> None:
+        """One of the run's two comments: made once, edited from then on, also by who takes the run over."""
+        known, marker = self._comments.get(step), step_marker(self._run, step)
+        self._comments[step] = known or self._github.comment(self.number, body, marker, self._again)
+        if known or self._again:
+            self._github.edit_comment(self._comments[step], body)
 
 
 # -- The loop: poll, admit, wait; until told to stop. ----------------------------------------------

@@ -242,6 +242,18 @@ def has_run(agent: Agent, times: int) -> bool:
     return len(agent.runs()) == times
 
 
+def test_a_last_comment_tells_the_end_that_came_after_a_death(world: World) -> None:
+    """The first attempt fails, the runner dies when it has said so, and the second attempt works."""
+    agent = Agent(world.folder, f'[ $(wc -l < "{world.folder}/runs") -gt 1 ] || exit 1;')
+    victim = Victim(world, agent)
+    world.open("Do something.")
+    world.github.faults.append(Fault(method="POST", path=".*/comments", after=1, after_effect=victim.die))
+    victim.run()
+    assert world.last_comment().startswith("**Failed.**")
+    run_again(world, agent)
+    assert_done_once(world)
+
+
 def test_a_task_that_takes_its_runner_down_each_time_is_given_up(world: World) -> None:
     agent = Agent.waiting(world.folder)
     number = world.open("Do something.")
