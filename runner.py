@@ -183,6 +183,10 @@ def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = s
     return parse
 
 
+def _number(low: int) -> Callable[[str], Any]:
+    return _must(f"be a number, {low} or more", lambda text: low <= float(text) <= 10**9, float)
+
+
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _repo = _must("look like owner/repository", REPO_NAME.fullmatch)
@@ -190,9 +194,6 @@ _url = _must("be an http(s) address without a user name", ADDRESS.fullmatch, lam
 _label = _must("have at most 50 characters, and no comma", lambda text: len(text) <= 50 and "," not in text)
 _flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda text: text.lower() in _YES)
 _level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
-_from_0 = _must("be a number, 0 or more", lambda text: 0 <= float(text) <= 10**9, float)
-_from_1 = _must("be a number, 1 or more", lambda text: 1 <= float(text) <= 10**9, float)
-_from_3 = _must("be a number, 3 or more", lambda text: 3 <= float(text) <= 10**9, float)
 _count = _must("be a whole number, 1 or more", lambda text: 1 <= int(text) <= 10**9, int)
 _refs = _must("be the start of a ref, such as refs/heads/agent-claims", re.compile(r"refs(/[A-Za-z0-9_-]+)+").fullmatch)
 
@@ -231,18 +232,18 @@ class Config:
     processing_label: str = _variable("AGENT_PROCESSED_LABEL", _label, "agent-processing")
     done_label: str = _variable("AGENT_DONE_LABEL", _label, "agent-done")
     failed_label: str = _variable("AGENT_FAILED_LABEL", _label, "agent-failed")
-    poll_interval: float = _variable("AGENT_POLL_INTERVAL", _from_1, "60")
+    poll_interval: float = _variable("AGENT_POLL_INTERVAL", _number(1), "60")
     process_task: str = _variable("AGENT_PROCESS_TASK", _plugin)
     command: str = _variable("AGENT_COMMAND", str)
     shell: bool = _variable("AGENT_SHELL", _flag, "no")
-    task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _from_1, "1800")
+    task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _number(1), "1800")
     max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _count, "3")
     max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _count, "1")
-    lease: float = _variable("AGENT_LEASE", _from_3, "600")
+    lease: float = _variable("AGENT_LEASE", _number(3), "600")
     runner_id: str = _variable("AGENT_RUNNER_ID", str)
     claim_refs: str = _variable("AGENT_CLAIM_REFS", _refs, "refs/agent-runner/claims")
-    drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _from_0, "30")
-    write_interval: float = _variable("AGENT_WRITE_INTERVAL", _from_0, "1")
+    drain_seconds: float = _variable("AGENT_DRAIN_SECONDS", _number(0), "30")
+    write_interval: float = _variable("AGENT_WRITE_INTERVAL", _number(0), "1")
     state_dir: Path = _variable("AGENT_STATE_DIR", lambda text: Path(text).absolute(), ".agent-runner")
     home: Path = _variable("AGENT_HOME", lambda text: Path(text).absolute() if text else None)
     disk_budget: int = _variable("AGENT_DISK_BUDGET_MB", _count, "10240")

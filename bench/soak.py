@@ -20,10 +20,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from demo import wait_for
 from openapi_check import check_request
 from standin import StandIn
 
@@ -234,16 +235,6 @@ def children(parent: int, state: str) -> int:
         with contextlib.suppress(OSError):
             count += bool(re.search(rf"\) {state} {parent} [^)]*\Z", file.read_text()))
     return count
-
-
-def wait_for(condition: Callable[[], bool], runner: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the condition came true while the runner ran."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and runner.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def stopped(runner: subprocess.Popen[bytes]) -> Iterator[str]:
