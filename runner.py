@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import difflib
 import email.utils
 import fcntl
@@ -30,12 +31,16 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import re
+import resource
 import secrets
+import select
 import shlex
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -72,11 +77,18 @@ GIT_TIMEOUT = 1800
 CLAIM_TIMEOUT = 30  # seconds for git to read or move a claim
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every git repository
 KILL_GRACE = 5
+SUPERVISOR_GRACE = KILL_GRACE + 15  # seconds for the supervisor to end an agent and all that it started
 OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
+LOG_KEPT = 4 * 1024**2  # bytes of it that go to a file
+LOGS_KEPT = 50
+NOWHERE = Path(os.devnull)
 OUTPUT_LINES = 50  # lines of it that are shown
 _ABOUT = ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")
 AGENT_SIDE = [*(f"AGENT_TASK_{name}" for name in _ABOUT), "AGENT_SUMMARY_FILE"]  # the agent's own variables
-PLUGIN_COMMAND = [sys.executable, str(Path(__file__).absolute()), "--plugin"]  # starts `serve_plugin`
+PROGRAM = [
+    sys.executable,
+    str(Path(__file__).absolute()),
+]  # with "--plugin" `serve_plugin`, with "--supervise" `supervise`
 PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
 LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
     "processing": ("fbca04", "The agent runner is working on this issue"),
@@ -193,6 +205,7 @@ _repo = _must("look like owner/repository", REPO_NAME.fullmatch)
 _url = _must("be an http(s) address without a user name", ADDRESS.fullmatch, lambda text: text.rstrip("/"))
 _label = _must("have at most 50 characters, and no comma", lambda text: len(text) <= 50 and "," not in text)
 _flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda text: text.lower() in _YES)
+_sandbox = _must("be auto, required or off", lambda text: text.lower() in ("auto", "required", "off"), str.lower)
 _level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
 _count = _must("be a whole number, 1 or more", lambda text: 1 <= int(text) <= 10**9, int)
 _refs = _must("be the start of a ref, such as refs/heads/agent-claims", re.compile(r"refs(/[A-Za-z0-9_-]+)+").fullmatch)
@@ -237,6 +250,10 @@ class Config:
     command: str = _variable("AGENT_COMMAND", str)
     shell: bool = _variable("AGENT_SHELL", _flag, "no")
     task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _number(1), "1800")
+    stall_seconds: float = _variable("AGENT_STALL_SECONDS", _number(0), "0")
+    sandbox: str = _variable("AGENT_SANDBOX", _sandbox, "auto")
+    allow_root: bool = _variable("AGENT_ALLOW_ROOT", _flag, "no")
+    max_memory: int = _variable("AGENT_MAX_MEMORY_MB", lambda text: _count(text) if text else 0)
     max_attempts: int = _variable("AGENT_MAX_ATTEMPTS", _count, "3")
     max_concurrent: int = _variable("AGENT_MAX_CONCURRENT", _count, "1")
     lease: float = _variable("AGENT_LEASE", _number(3), "600")
@@ -295,6 +312,9 @@ class Config:
         for name in self.agent_env:
             if name.startswith("GITHUB_TOKEN") or (token and token in self.env.get(name, "")):
                 yield f"AGENT_ENV must not name {name}: the agent never gets the runner's token"
+        owns = [user_home(), self.state_dir, *map(Path, PROGRAM)]
+        if self.sandbox != "off" and any(path.is_relative_to(self.home) for path in owns):
+            yield "AGENT_HOME must hold neither the runner, its state nor its user's home: name a folder of its own"
         try:
             if self.process_task == "command":
                 command_words(self, "", Path())
@@ -329,6 +349,13 @@ class Config:
         """Whether pull requests may go to what is named; patterns may hold `*`, case is ignored."""
         patterns = self.allowed_targets if REPO_NAME.fullmatch(repo) else ()
         return any(fnmatch.fnmatchcase(repo.lower(), name.lower()) for name in patterns)
+
+
+def user_home() -> Path:
+    """The home of the user that this process runs as, whatever HOME says."""
+    with contextlib.suppress(KeyError):  # a container may run with a number that has no name
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    return Path("/")
 
 
 def git_login(token: str) -> str:
@@ -1005,12 +1032,16 @@ class Finished(NamedTuple):
     late: str
 
 
+_known: set[int] = set()  # the processes that this one has started and still waits for
+_starting = threading.Lock()
+
+
 def run_process(
-    command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float,
-    stdin: bytes = b"", stop: threading.Event | None = None, merged: bool = False
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float, stdin: bytes = b"",
+    stop: threading.Event | None = None, grace: float = KILL_GRACE, pass_fds: Sequence[int] = ()
 ) -> Finished:  # fmt: skip
     """Runs a command for at most `timeout` seconds, and ends its process group; raises OSError or, on `stop`, Stopping.
-    `merged` keeps the last OUTPUT_KEPT bytes of both outputs. They are files: a daemon may hold a pipe open."""
+    What it prints goes to files: a process that it leaves behind may hold a pipe open."""
     stop = stop or threading.Event()
     if stop.is_set():
         raise Stopping
@@ -1018,8 +1049,10 @@ def run_process(
     with tempfile.TemporaryFile() as feed, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         feed.write(stdin)
         feed.seek(0)
-        outputs: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT if merged else err}
-        process = subprocess.Popen(command, cwd=cwd, env=env, stdin=feed, start_new_session=True, **outputs)
+        files: dict[str, Any] = {"stdin": feed, "stdout": out, "stderr": err, "pass_fds": pass_fds}
+        with _starting:
+            process = subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **files)
+            _known.add(process.pid)
         deadline = time.monotonic() + timeout
         try:
             while process.poll() is None and time.monotonic() <= deadline and not stop.is_set():
@@ -1030,14 +1063,75 @@ def run_process(
             for how in [signal.SIGTERM, signal.SIGKILL] if late else [signal.SIGKILL]:
                 with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, how)
-                    process.wait(KILL_GRACE)  # a moment to clean up
+                    process.wait(grace)  # a moment to clean up
             process.wait()
+            _known.discard(process.pid)
         if late and stop.is_set():
             raise Stopping
-        out.seek(max(0, out.seek(0, os.SEEK_END) - OUTPUT_KEPT) if merged else 0)
+        out.seek(0)
         err.seek(0)
-        printed = out.read().decode("utf-8", "replace" if merged else "surrogateescape")
+        printed = out.read().decode("utf-8", "surrogateescape")
         return Finished(process.returncode, printed, err.read().decode("utf-8", "replace"), late)
+
+
+def process_table() -> dict[int, tuple[int, int]]:
+    """The parent and the session of each process, where the system tells them as Linux does.
+    https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
+    table = {}
+    for stat_file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            _, parent, _, session = stat_file.read_bytes().rpartition(b") ")[2].split()[:4]
+            table[int(stat_file.parent.name)] = int(parent), int(session)
+    return table
+
+
+def descendants(table: Mapping[int, tuple[int, int]], tops: set[int]) -> set[int]:
+    """These processes, and all that come from them."""
+    children: dict[int, list[int]] = {}
+    for pid, (parent, _) in table.items():
+        children.setdefault(parent, []).append(pid)
+    found, rest = set(tops), list(tops)
+    while rest:
+        new = [pid for pid in children.get(rest.pop(), ()) if pid not in found]
+        found.update(new)
+        rest += new
+    return found
+
+
+def below() -> set[int]:
+    """All processes that come from this one."""
+    me = os.getpid()
+    return descendants(process_table(), {me}) - {me}
+
+
+def strays() -> set[int]:
+    """What has come to this process from children that have ended: their sessions are neither its own nor known."""
+    me = os.getpid()
+    with _starting:
+        table, mine = process_table(), _known | {me}
+    sessions = {os.getsid(0), *mine}
+    tops = {pid for pid, (parent, session) in table.items() if parent == me and session not in sessions}
+    return descendants(table, tops - mine)
+
+
+def end_processes(find: Callable[[], set[int]], rounds: int = 1000) -> None:
+    """Ends the processes that `find` finds until it finds none. All are stopped before the first is killed: so what
+    forks faster than it is killed comes to rest. What hangs in the kernel is left; it dies before it can go on."""
+    stopped: set[int] = set()
+    for _ in range(rounds):
+        if not (found := find()):
+            return
+        new = found - stopped
+        stopped |= new
+        for pid in new or found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGSTOP if new else signal.SIGKILL)
+        for pid in found:
+            with contextlib.suppress(ChildProcessError):  # not a child yet
+                os.waitpid(pid, os.WNOHANG)
+        if not new:
+            threading.Event().wait(0.01)
+    log.error("processes of an agent cannot be ended: %s", ", ".join(map(str, sorted(found))))
 
 
 # -- Git and the workspace: the only place that runs git. ------------------------------------------
@@ -1312,7 +1406,7 @@ class Checkout:
     repositories whose objects it may use; the agent may use those of the first."""
 
     def __init__(self, git: Git, lenders: Sequence[Path], folder: Path, base: str, commit: str) -> None:
-        self._git, self._lenders = git, lenders
+        self._git, self.lenders = git, lenders
         self.folder, self.git_dir = folder, folder / "git"
         self.workspace = Workspace(folder / "tree", base, commit)
 
@@ -1320,8 +1414,8 @@ class Checkout:
         """Checks out the files; takes time with their number, not with the history's length."""
         remove_tree(self.folder)
         throw_away = self.workspace.path / ".git"
-        write_repository(self.git_dir, self._lenders)
-        write_repository(throw_away, self._lenders[:1], branch, self.workspace.commit)
+        write_repository(self.git_dir, self.lenders)
+        write_repository(throw_away, self.lenders[:1], branch, self.workspace.commit)
         (self.folder / "tmp").mkdir()
         self.run("read-tree", "--reset", "-u", self.workspace.commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
@@ -1330,7 +1424,7 @@ class Checkout:
         """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
         if self.workspace.path.is_symlink():
             raise TaskFailed("The workspace was replaced by a link.")
-        write_repository(self.git_dir, self._lenders)  # as it was, whatever has been written there meanwhile
+        write_repository(self.git_dir, self.lenders)  # as it was, whatever has been written there meanwhile
         self._refuse_nested_repositories()
         try:
             self.run("add", "--all", ".")
@@ -1543,6 +1637,288 @@ class Claim:
         self._halt.set()
 
 
+# -- The supervisor: what stands between the runner and an agent. ----------------------------------
+#
+# The agent may do whatever an issue talks it into. So it is started by a process of its own, this
+# file run once more: without secrets, it puts up the walls, looks after limits and output, and ends
+# when everything that the agent started has ended. It dies with the runner, and the agent with it.
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every machine
+# Rights to files by the version that brought them: https://docs.kernel.org/userspace-api/landlock.html
+LANDLOCK_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15, 9: 1 << 16}
+LANDLOCK_READ, LANDLOCK_LIST, LANDLOCK_OF_FILES = 1 << 0 | 1 << 2, 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 7 << 14
+LANDLOCK_SCOPES = 1 << 0 | 1 << 1  # abstract sockets, signals; since version 6
+DEVICES = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "shm")]
+CREDENTIALS = (".ssh", ".gnupg", ".netrc", ".git-credentials", ".config/git", ".config/gh", ".config/hub")  # in a home
+SUPERVISOR_INHERITS = re.compile(r"PATH|HOME|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+|VIRTUAL_ENV")
+SPARE_PROCESSES = 1024
+
+
+class Order(NamedTuple):
+    """What a supervisor is to run, and within which walls: `write` and `read` are granted below what is in `hide`.
+    Seconds and bytes; 0 is no limit."""
+
+    command: Sequence[str]
+    cwd: str
+    env: Mapping[str, str]
+    stdin: str
+    log: str
+    timeout: float
+    stall: float
+    disk: int
+    memory: int
+    landlock: bool
+    write: Sequence[str]
+    read: Sequence[str]
+    hide: Sequence[str]
+
+
+def kernel(call: Callable[..., int], *arguments: int | bytes | None) -> int:
+    """A call of the system's C library; raises OSError."""
+    words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
+    if (result := call(*words)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def set_process(option: int, value: int) -> bool:
+    """Sets an attribute of this process, if this is Linux: https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    with contextlib.suppress(AttributeError, OSError):
+        return kernel(libc().prctl, option, value, 0, 0, 0) == 0
+    return False
+
+
+def landlock_version() -> int:
+    """Which Landlock the running kernel has: 0 is none."""
+    with contextlib.suppress(AttributeError, OSError):
+        return kernel(libc().syscall, LANDLOCK_CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else 0
+    return 0
+
+
+def hidden_paths(config: Config) -> set[Path]:
+    """What no agent may read: all that the runner keeps, where its secrets are, and other ways into GitHub."""
+    credentials = (user_home() / name for name in CREDENTIALS)
+    paths = {config.state_dir, config.token_file, *Path.cwd().glob(".env*"), *credentials}
+    return {form for path in paths if path and path.exists() for form in (path.absolute(), path.resolve())}
+
+
+def visible(top: Path, hidden: set[Path]) -> Iterator[Path]:
+    """What covers a folder less what is hidden in it: rules can only grant, and grant all that is below."""
+    if top in hidden:
+        return
+    if not any(path.is_relative_to(top) for path in hidden):
+        yield top
+        return
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(top):
+            if not entry.is_symlink():
+                yield from visible(Path(entry), hidden)
+
+
+def landlock_rules(order: Order) -> int:
+    """The rules for an agent, as a file: https://man7.org/linux/man-pages/man7/landlock.7.html"""
+    version, call = landlock_version(), libc().syscall
+    rights = sum(right for since, right in LANDLOCK_RIGHTS.items() if since <= version)
+    handled = struct.pack("=QQQ", rights, 0, LANDLOCK_SCOPES if version >= 6 else 0)
+    handled = handled[: 8 if version < 4 else 16 if version < 6 else 24]
+    rules = kernel(call, LANDLOCK_CREATE_RULESET, handled, len(handled), 0)
+
+    def grant(path: str | Path, what: int) -> None:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            what &= rights if stat.S_ISDIR(os.fstat(file).st_mode) else rights & LANDLOCK_OF_FILES
+            kernel(call, LANDLOCK_ADD_RULE, rules, 1, struct.pack("=Qi", what, file), 0)
+            os.close(file)
+
+    grant("/", LANDLOCK_LIST)  # names are no secret, and programs look for their modules in lists
+    readable: list[str | Path] = [*visible(Path("/"), set(map(Path, order.hide))), *order.read]
+    for path in readable:
+        grant(path, LANDLOCK_READ | LANDLOCK_LIST)
+    for name in (*order.write, *DEVICES):
+        grant(name, rights)
+    return rules
+
+
+def set_limit(which: int, value: int) -> None:
+    """Sets a limit of this process and its children; never above what it has."""
+    hard = resource.getrlimit(which)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
+
+
+def process_limit() -> int:
+    """How many processes may be, all of this user's: the kernel also counts those in other containers, which nothing
+    here can list. So it is tried how many are too few."""
+    limit = SPARE_PROCESSES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    for _ in range(10):
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        with contextlib.suppress(BlockingIOError):
+            if not (child := os.fork()):
+                os._exit(0)
+            os.waitpid(child, 0)
+            break
+        limit *= 2
+    resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+    return limit * 2
+
+
+def confine(order: Order, rules: int, processes: int) -> None:
+    """Puts up the walls around this process, just before it becomes the agent."""
+    set_process(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(5)
+    with contextlib.suppress(OSError):  # if memory runs out, this goes first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    set_limit(resource.RLIMIT_CORE, 0)
+    set_limit(resource.RLIMIT_FSIZE, order.disk)
+    set_limit(resource.RLIMIT_NPROC, processes)
+    if order.memory:  # not the address space, of which some programs reserve far more than they use
+        set_limit(resource.RLIMIT_DATA, order.memory)
+    set_process(PR_SET_NO_NEW_PRIVS, 1)
+    if rules >= 0:
+        kernel(libc().syscall, LANDLOCK_RESTRICT_SELF, rules, 0)
+
+
+class Output:
+    """What an agent prints: the beginning in a file, the end in memory."""
+
+    def __init__(self, log_file: str) -> None:
+        self._file = open(log_file, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+        self.size, self.tail = 0, b""
+
+    def add(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full
+            self._file.write(data[: max(0, LOG_KEPT - self.size)])
+            self._file.flush()
+        self.size += len(data)
+        self.tail = (self.tail + data)[-OUTPUT_KEPT:]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if (missing := self.size - LOG_KEPT - len(self.tail)) > 0:
+                self._file.write(b"\n[... %d bytes left out ...]\n" % missing + self.tail)
+            self._file.close()
+
+
+class Supervisor:
+    """Runs one agent. The runner holds the other end of the pipe `lifeline`: so a runner that dies lets go of it."""
+
+    def __init__(self, order: Order, lifeline: int) -> None:
+        self._order, self._lifeline = order, lifeline
+        self._output = Output(order.log)
+        self._free = {path: free_bytes(path) for path in order.write}
+        self._begun = self._heard = time.monotonic()
+        self._stopped = False
+
+    def run(self) -> Finished:
+        """Runs the agent, and ends all that it started. `err` says why it did not start."""
+        set_process(PR_SET_CHILD_SUBREAPER, 1)
+        set_process(PR_SET_DUMPABLE, 0)
+        signal.signal(signal.SIGTERM, self._stop)
+        order, (reader, writer) = self._order, os.pipe()
+        processes, rules = process_limit(), landlock_rules(order) if order.landlock else -1
+        with tempfile.TemporaryFile() as feed:
+            feed.write(order.stdin.encode())
+            feed.seek(0)
+            try:
+                agent = subprocess.Popen(
+                    order.command, cwd=order.cwd, env=order.env, stdin=feed, stdout=writer, stderr=writer,
+                    start_new_session=True, preexec_fn=functools.partial(confine, order, rules, processes)
+                )  # fmt: skip
+            except (OSError, subprocess.SubprocessError) as error:
+                return Finished(127, "", getattr(error, "strerror", "") or str(error), "")
+            os.close(writer)
+            late = self._watch(agent, reader)
+        if agent.poll() is None:
+            agent.kill()
+            agent.wait()
+        end_processes(below)
+        os.set_blocking(reader, False)
+        with contextlib.suppress(BlockingIOError):
+            while self._read(reader):
+                pass
+        self._output.close()
+        return Finished(agent.returncode, self._output.tail.decode("utf-8", "replace"), "", late)
+
+    def _watch(self, agent: subprocess.Popen[bytes], reader: int) -> str:
+        """Waits until the agent ends, or is to be ended: then it gets SIGTERM, and a while. Why, or ""."""
+        late, patience, sources = "", 0.0, [reader, self._lifeline]
+        while agent.poll() is None:
+            ready = select.select(sources, [], [], 0.1)[0]
+            if self._lifeline in ready:
+                return "stopped"
+            if reader in ready and not self._read(reader):
+                sources.remove(reader)
+            if not late and (late := self._why_end()):
+                patience = time.monotonic() + KILL_GRACE
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(agent.pid, signal.SIGTERM)
+            if late and time.monotonic() > patience:
+                break
+        return late
+
+    def _read(self, reader: int) -> bool:
+        data = os.read(reader, OUTPUT_KEPT)
+        self._output.add(data)
+        self._heard = time.monotonic() if data else self._heard
+        return bool(data)
+
+    def _why_end(self) -> str:
+        """Why the agent may not go on, or ""."""
+        order, now = self._order, time.monotonic()
+        if self._stopped:
+            return "stopped"
+        if now - self._begun > order.timeout:
+            return "timeout"
+        if order.stall and now - self._heard > order.stall:
+            return "stall"
+        lost = (free - free_bytes(path) > min(order.disk, free * 0.9) for path, free in self._free.items())
+        return "disk" if any(lost) else ""
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        self._stopped = True
+
+
+def free_bytes(path: str) -> int:
+    """What is free on the disk that a folder is on."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
+def supervise(lifeline: int) -> int:
+    """The other side of `run_supervised`."""
+    done = Supervisor(Order(**json.load(sys.stdin)), lifeline).run()
+    print(json.dumps(done))
+    return 0
+
+
+def run_supervised(config: Config, order: Order, stop: threading.Event | None = None) -> Finished:
+    """Runs an agent: how it ended, with the end of what it printed. When this returns, all that it started has ended.
+    Raises TaskFailed if it cannot be started, or Stopping."""
+    env = {name: value for name, value in config.env.items() if SUPERVISOR_INHERITS.fullmatch(name)}
+    lifeline, held = os.pipe()
+    command, fds = [*PROGRAM, "--supervise", str(lifeline)], [lifeline]
+    timeout, order_text = order.timeout + SUPERVISOR_GRACE, json.dumps(order._asdict()).encode()
+    try:
+        done = run_process(command, Path("/"), env, timeout, order_text, stop, SUPERVISOR_GRACE, fds)
+    finally:
+        os.close(lifeline)
+        os.close(held)
+        end_processes(strays)  # of a supervisor that was killed
+    if done.code or done.late:
+        raise TaskFailed("The agent's supervisor was killed.", output=done.err)
+    finished = Finished(*json.loads(done.out))
+    if finished.err:
+        advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
+        raise TaskFailed(f"The agent cannot be started: {finished.err}.", advice)
+    return finished
+
+
 # -- process_task: what changes the files. Two are built in; anything else is a plug-in. -----------
 
 
@@ -1602,23 +1978,61 @@ def allowed_environment(config: Config) -> dict[str, str]:
     return {name: config.env[name] for name in ("PATH", "LANG", "TERM", *config.agent_env) if name in config.env}
 
 
+def make_order(
+    config: Config, command: Sequence[str], cwd: Path, env: Mapping[str, str], stdin: str = "",
+    log_file: Path = NOWHERE, write: Sequence[Path] = (), read: Sequence[Path] = (), timeout: float = 60
+) -> Order:  # fmt: skip
+    """What a supervisor is told; an agent may always write to its HOME."""
+    walls = {"write": [config.home, *write], "read": read, "hide": sorted(hidden_paths(config))}
+    return Order(
+        command=command,
+        cwd=str(cwd),
+        env={**allowed_environment(config), "HOME": str(config.home), **env},
+        stdin=stdin,
+        log=str(log_file),
+        timeout=timeout,
+        stall=config.stall_seconds,
+        disk=config.disk_budget * 10**6,
+        memory=config.max_memory * 10**6,
+        landlock=config.sandbox != "off" and landlock_version() > 0,
+        **{name: list(map(str, paths)) for name, paths in walls.items()},
+    )
+
+
+def agent_log(config: Config, task: Task) -> Path:
+    """The file for what the agent of this attempt prints; deletes the oldest of these."""
+    folder = config.state_dir / "logs"
+    folder.mkdir(exist_ok=True)
+    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]:
+        old.unlink(missing_ok=True)
+    return folder / f"{task.number}-{task.attempt}.log"
+
+
 def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished, str]:
-    """Runs an agent in the workspace: how it ended, and its $AGENT_SUMMARY_FILE. Raises TaskFailed or Stopping."""
+    """Runs an agent in the workspace: how it ended, and its $AGENT_SUMMARY_FILE. Raises TaskFailed, TaskRetry or
+    Stopping."""
     task, config, place, folder = work.task, work.config, work.checkout.workspace, work.checkout.folder
-    file, summary = folder / "task.md", folder / "tmp/summary.md"
+    file, tmp = folder / "task.md", folder / "tmp"
+    summary, log_file = tmp / "summary.md", agent_log(config, task)
     config.home.mkdir(parents=True, exist_ok=True)
     file.write_text(task.brief + "\n", "utf-8")
     about = (task.task_id, file, task.title, task.url, task.attempt, place.base, summary)
-    env = allowed_environment(config) | dict(zip(AGENT_SIDE, map(encodable, about), strict=True))
-    env |= {"HOME": str(config.home), "TMPDIR": str(folder / "tmp")}
-    try:
-        done = run_process(command, place.path, env, config.task_timeout, stdin.encode(), work.stop, merged=True)
-    except OSError as error:
-        advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
-        raise TaskFailed(f"The agent cannot be started: {error.strerror}.", advice) from None
+    env = {**dict(zip(AGENT_SIDE, map(encodable, about), strict=True)), "TMPDIR": str(tmp)}
+    reach = {"write": [place.path, tmp], "read": [file, work.checkout.lenders[0] / "objects"]}
+    order = make_order(config, command, place.path, env, stdin, log_file, timeout=config.task_timeout, **reach)
+    done = run_supervised(config, order, work.stop)
+    log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
+    log.info("issue=%d task=%s the agent's output is in %s", task.number, task.slug, log_file)
+    advice = "Ask for less at a time, or let the runner's owner raise {}."
+    if done.late == "timeout":
+        why = f"The agent ran out of time ({duration(config.task_timeout)})."
+        raise TaskFailed(why, advice.format("AGENT_TASK_TIMEOUT"), done.out)
+    if done.late == "stall":
+        why = f"The agent printed nothing for {duration(config.stall_seconds)}."
+        raise TaskFailed(why, advice.format("AGENT_STALL_SECONDS"), done.out)
     if done.late:
-        advice = "Ask for less at a time, or let the runner's owner raise AGENT_TASK_TIMEOUT."
-        raise TaskFailed(f"The agent ran out of time ({duration(config.task_timeout)}).", advice, done.out)
+        why = "The disk filled up while the agent ran." if done.late == "disk" else "The agent was ended from outside."
+        raise TaskRetry(why, advice.format("AGENT_DISK_BUDGET_MB"), done.out)
     return done, read_regular(summary)
 
 
@@ -1644,7 +2058,7 @@ def read_regular(path: Path) -> str:
 def process_plugin(work: Work) -> tuple[str, str]:
     """Calls a plug-in in a process of its own: it can be ended, and it does not have the token."""
     order = {"task": vars(work.task), **vars(work.checkout.workspace)}
-    done, text = run_agent(work, [*PLUGIN_COMMAND, work.config.process_task], json.dumps(order, default=str))
+    done, text = run_agent(work, [*PROGRAM, "--plugin", work.config.process_task], json.dumps(order, default=str))
     if done.code == PLUGIN_CODES["retry"]:
         raise TaskRetry(text, output=done.out)
     if done.code:
@@ -2174,11 +2588,42 @@ def check_machine(config: Config) -> str:
     return f"git {version}, state in {config.state_dir}"
 
 
+def walls(config: Config) -> dict[str, bool]:
+    """What an agent is kept from, and whether it is on this machine; docs/security.md says more of each."""
+    version = landlock_version() if config.sandbox != "off" else 0
+    return {
+        "the runner's files": version > 0,
+        "the runner's memory": os.geteuid() != 0 and (version > 0 or set_process(PR_SET_DUMPABLE, 0)),
+        "signals to others": version >= 6,
+        "others' abstract sockets": version >= 6,
+        "others' sockets": version >= 9,
+        "outliving its task": sys.platform == "linux",
+    }
+
+
+def check_sandbox(config: Config) -> str:
+    """The walls around an agent. That they are incomplete is no fault, unless they are required."""
+    if config.process_task == "patch":
+        return "sandbox: patches need none"
+    if os.geteuid() == 0 and not config.allow_root:
+        advice = "Start the runner as another user, in a container for example, or set AGENT_ALLOW_ROOT=yes."
+        raise TaskFailed("sandbox: the runner is root, whose agents no wall stops", advice)
+    open_ = ", ".join(wall for wall, stands in walls(config).items() if not stands)
+    if config.sandbox == "required" and not walls(config)["the runner's files"]:
+        advice = "Use Linux 5.13 or newer with Landlock, or set AGENT_SANDBOX=auto."
+        raise TaskFailed(f"sandbox: AGENT_SANDBOX is required, and nothing keeps agents from {open_}", advice)
+    if not walls(config)["the runner's files"]:
+        log.warning("agents can read the runner's files, its token included; docs/security.md says more")
+    return f"sandbox: agents are kept from {', '.join(wall for wall, stands in walls(config).items() if stands)}" + (
+        f"; not from {open_}" if open_ else ""
+    )
+
+
 def check_agent(config: Config) -> str:
     """A plug-in is loaded; the built-ins were looked at with the variables."""
     if ":" in config.process_task:
-        env = allowed_environment(config)
-        done = run_process([*PLUGIN_COMMAND, config.process_task], Path("/"), env, timeout=60, merged=True)
+        config.home.mkdir(parents=True, exist_ok=True)
+        done = run_supervised(config, make_order(config, [*PROGRAM, "--plugin", config.process_task], Path("/"), {}))
         if done.code:
             said = printable((done.out.strip() or done.late or f"status {done.code}").splitlines()[-1])
             why = f"process_task: {config.process_task}: {said}"
@@ -2211,7 +2656,7 @@ def examine(config: Config) -> int:
     """Tries what a task will need, a claim included, which it takes back; the exit code."""
     repos, code = dict.fromkeys((config.dispatch_repo, config.target_repo)), 0
     checks: list[Callable[[Config], str]] = [functools.partial(check_repository, repo=repo) for repo in repos]
-    for check in (check_machine, check_agent, *checks):
+    for check in (check_machine, check_sandbox, check_agent, *checks):
         try:
             print("✓", check(config), flush=True)
         except (RunnerError, OSError) as error:
@@ -2238,6 +2683,7 @@ def run(config: Config, once: bool, issue: int | None) -> int:
     """The daemon, or one round of it; the exit code."""
     try:
         check_machine(config)
+        check_sandbox(config)
         check_agent(config)
     except TaskFailed as problem:
         log.error("cannot start: %s", problem.told)
@@ -2276,10 +2722,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
     how.add_argument("--check", action="store_true", help="look whether everything is in place")
     how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
+    how.add_argument("--supervise", type=int, metavar="FILE", help=argparse.SUPPRESS)
     how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
     options = parser.parse_args(arguments)
     if options.plugin:
         return serve_plugin(options.plugin, sys.stdin.read())
+    if options.supervise is not None:
+        return supervise(options.supervise)
+    set_process(PR_SET_DUMPABLE, 0)  # shuts /proc/<pid>/environ and /mem, where the token is
+    set_process(PR_SET_CHILD_SUBREAPER, 1)
     try:
         # Read, not loaded: what is in .env must not get into the environment that others inherit.
         file = dotenv_values(Path.cwd() / ".env", interpolate=False)

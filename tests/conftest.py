@@ -109,7 +109,10 @@ class World:
     def __init__(self, github: StandIn, folder: Path) -> None:
         self.github, self.folder = github, folder
         self.runners: list[Runner] = []
-        self.env = github.settings(DISPATCH, TARGET, folder / "state") | {"AGENT_WRITE_INTERVAL": "0"}
+        self.env = github.settings(DISPATCH, TARGET, folder / "state")
+        self.home = folder / "home"  # where agents can leave what tests look at
+        self.home.mkdir()
+        self.env |= {"AGENT_WRITE_INTERVAL": "0", "AGENT_ALLOW_ROOT": "yes", "AGENT_HOME": str(self.home)}
         self._started: list[subprocess.Popen[str]] = []
 
     def config(self, **env: str) -> Config:

@@ -100,7 +100,7 @@ def test_a_claim_says_whose_it_is_and_starts_no_workflow(world: World) -> None:
 
 
 def test_a_claim_can_be_kept_among_the_branches(world: World) -> None:
-    agent = Agent(world.folder, f'git --git-dir="{world.github.repository(TARGET).path}" for-each-ref > refs.txt;')
+    agent = Agent(world.home, f'git --git-dir="{world.github.repository(TARGET).path}" for-each-ref > refs.txt;')
     world.open("Do something.")
     world.run_once(AGENT_CLAIM_REFS="refs/heads/agent-claims", **agent.env)
     shown = world.github.git(TARGET, "show", f"{world.pull().head}:refs.txt")
@@ -291,7 +291,7 @@ def test_two_issues_with_one_id_at_the_same_time_are_two_tasks(world: World) -> 
     """Whoever comes second names the first."""
     for _ in range(2):
         world.open(about(1))
-    agent = Agent(world.folder, f'while [ $(wc -l < "{world.folder}/runs") -lt 2 ]; do sleep 0.05; done;')
+    agent = Agent(world.home, f'while [ $(wc -l < "{world.home}/runs") -lt 2 ]; do sleep 0.05; done;')
     runner = world.runner(None, AGENT_MAX_CONCURRENT="2", **agent.env)
     runner.clock.jitter = lambda seconds: 0.1  # type: ignore[method-assign]
     runner.run_once()
@@ -339,7 +339,6 @@ def test_a_workspace_that_a_killed_runner_left_is_gone_after_the_next_start(worl
     world.run_once(AGENT_COMMAND="touch new.txt")
     assert world.labels() == ["agent-done", "copilot-agent"]
     assert [path.name for path in (world.folder / "state/work").iterdir()] == ["0.lock"]
-    subprocess.run(["pkill", "-f", "^sleep 60$"], check=False)
 
 
 def mirror_of(world: World, name: str = TARGET) -> Path:

@@ -139,7 +139,7 @@ def test_the_daemon_outlives_a_github_that_goes_away(world: World) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_agents(world: World, number: signal.Signals) -> None:
     world.open(PATCH)
-    started = world.folder / "started"
+    started = world.home / "started"
     process = world.start(AGENT_COMMAND=f"touch {started}; sleep 600", AGENT_SHELL="yes")
     while not started.exists() and process.poll() is None:
         threading.Event().wait(0.02)
@@ -238,7 +238,7 @@ def test_a_plugin_that_ends_without_a_word_stops_the_start(world: World) -> None
 
 def test_a_run_that_is_cut_short_says_so_by_its_exit_code(world: World) -> None:
     world.open(PATCH)
-    started = world.folder / "started"
+    started = world.home / "started"
     process = world.start(
         "--once", AGENT_COMMAND=f"touch {started}; sleep 600", AGENT_SHELL="yes", AGENT_DRAIN_SECONDS="0"
     )

@@ -175,14 +175,14 @@ def assert_a_restart_finishes(world: World, fault: Fault, victim: Victim, agent:
 
 @pytest.mark.parametrize("index", range(len(HAPPY)), ids=named)
 def test_a_task_is_done_once_though_the_runner_died_after_a_request(world: World, index: int) -> None:
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     victim = Victim(world, agent)
     assert_a_restart_finishes(world, at_request(index, after_effect=victim.die), victim, agent)
 
 
 @pytest.mark.parametrize("index", sorted(REST_WRITES + PUSHES), ids=named)
 def test_a_task_is_done_once_though_the_runner_died_before_a_request_had_its_effect(world: World, index: int) -> None:
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     victim = Victim(world, agent)
     assert_a_restart_finishes(world, at_request(index, action=victim.die, drop="before"), victim, agent)
 
@@ -192,7 +192,7 @@ def test_a_task_is_done_once_though_the_runner_died_while_its_agent_worked(
     world: World, end: Callable[[subprocess.Popen[str]], None]
 ) -> None:
     world.open("Do something.")
-    agent = Agent.waiting(world.folder)
+    agent = Agent.waiting(world.home)
     process = world.start("--once", **agent.env)
     agent.pid()
     end(process)
@@ -205,7 +205,7 @@ def test_a_task_is_done_once_though_the_runner_died_while_its_agent_worked(
 
 def test_a_push_that_a_dead_runner_left_behind_changes_nothing_when_it_comes_late(world: World) -> None:
     """Only the runner is killed; its git has sent the push, and GitHub is slow to take it."""
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     victim, done = Victim(world, agent, kill), Future[str]()
     publish = PUSHES[3]
 
@@ -227,7 +227,7 @@ def test_a_push_that_a_dead_runner_left_behind_changes_nothing_when_it_comes_lat
 
 def test_a_task_is_done_once_though_the_runner_died_again_and_again(world: World) -> None:
     """Each process gets a few requests further than the one before."""
-    agent, number = Agent(world.folder), world.open("Do something.")
+    agent, number = Agent(world.home), world.open("Do something.")
     agent.env["AGENT_MAX_ATTEMPTS"] = "9"
     for allowed in (5, 8, 11, 16):
         victim = Victim(world, agent)
@@ -245,7 +245,7 @@ def has_run(agent: Agent, times: int) -> bool:
 
 def test_a_last_comment_tells_the_end_that_came_after_a_death(world: World) -> None:
     """The first attempt fails, the runner dies when it has said so, and the second attempt works."""
-    agent = Agent(world.folder, f'[ $(wc -l < "{world.folder}/runs") -gt 1 ] || exit 1;')
+    agent = Agent(world.home, f'[ $(wc -l < "{world.home}/runs") -gt 1 ] || exit 1;')
     victim = Victim(world, agent)
     world.open("Do something.")
     world.github.faults.append(Fault(method="POST", path=".*/comments", after=1, after_effect=victim.die))
@@ -256,7 +256,7 @@ def test_a_last_comment_tells_the_end_that_came_after_a_death(world: World) -> N
 
 
 def test_a_task_that_takes_its_runner_down_each_time_is_given_up(world: World) -> None:
-    agent = Agent.waiting(world.folder)
+    agent = Agent.waiting(world.home)
     number = world.open("Do something.")
     for attempt in range(3):
         process = world.start("--once", **agent.env)
@@ -276,7 +276,7 @@ def test_a_task_that_takes_its_runner_down_each_time_is_given_up(world: World) -
 
 def assert_one_process_finishes(world: World, *faults: Fault) -> None:
     """The agent's work and all writes are there once, though some requests were needed twice."""
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     world.open("Do something.")
     world.github.faults += faults
     runner = world.runner(FastClock(), **agent.env)
@@ -419,7 +419,7 @@ def assert_others_get_done(world: World, others: int, *places: str) -> None:
     good = [world.open(about(number)) for number in range(2, others + 2)]
     for place in places:
         fails_for_ever(world, bad)[place]()
-    agent = Agent(world.folder, "case $AGENT_TASK_ID in t1) kill -9 $$;; esac;" if "the agent" in places else "")
+    agent = Agent(world.home, "case $AGENT_TASK_ID in t1) kill -9 $$;; esac;" if "the agent" in places else "")
     env = {"AGENT_MAX_CONCURRENT": "4", **agent.env}
     with Daemon(world.runner(FastClock(), **env)):
         world.wait_for_done(good, 180)
@@ -443,7 +443,7 @@ def test_an_issue_that_fails_wherever_it_can_does_not_stop_forty_nine_others(wor
 def test_an_issue_whose_work_cannot_be_published_is_told_so(world: World, place: str) -> None:
     number = world.open(about(1))
     fails_for_ever(world, number)[place]()
-    world.run_once(**Agent(world.folder, "kill -9 $$;" if place == "the agent" else "").env)
+    world.run_once(**Agent(world.home, "kill -9 $$;" if place == "the agent" else "").env)
     assert world.labels(number) == ["agent-failed", "copilot-agent"]
     assert len(world.comments("end", number)) == 1
     assert world.claims() == []
@@ -466,7 +466,7 @@ def assert_untouched(world: World, agent: Agent) -> None:
 
 
 def test_a_done_issue_in_an_old_list_is_not_run_again_by_the_same_process(world: World) -> None:
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     world.open("Do something.")
     old = Fault(path=f".*/{DISPATCH}/issues", status=200, body=queue_of(world), times=None)
     clock, env = FastClock(), {"AGENT_POLL_INTERVAL": "1"}
@@ -480,7 +480,7 @@ def test_a_done_issue_in_an_old_list_is_not_run_again_by_the_same_process(world:
 
 
 def test_a_done_issue_in_an_old_list_is_not_run_again_by_another_runner(world: World) -> None:
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     world.open("Do something.")
     old = Fault(path=f".*/{DISPATCH}/issues", status=200, body=queue_of(world), times=None)
     world.run_once(**agent.env)
@@ -493,7 +493,7 @@ def test_a_done_issue_in_an_old_list_is_not_run_again_by_another_runner(world: W
 
 def test_an_issue_that_another_runner_finished_since_the_poll_is_not_run_again(world: World) -> None:
     """The other one does the whole task between this one's poll and its claim."""
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     world.open("Do something.")
 
     def overtake() -> None:
@@ -507,7 +507,7 @@ def test_an_issue_that_another_runner_finished_since_the_poll_is_not_run_again(w
 
 def test_a_done_issue_that_is_itself_shown_as_it_was_is_not_run_again(world: World) -> None:
     """List and issue come from a replica that lags behind; the branch and the last comment tell the truth."""
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     world.open("Do something.")
     issues = f".*/{DISPATCH}/issues"
     issue = GitHub(world.config(), Clock(), threading.Event()).issue(1)
@@ -528,7 +528,7 @@ NEW_TOKEN = "ghp_" + "9876543210" * 4
 
 def run_with_a_new_token(world: World, printing: str = "") -> str:
     """A task during which the token in GITHUB_TOKEN_FILE is replaced, and the old one revoked; the log."""
-    file, agent = world.folder / "token", Agent.waiting(world.folder, printing)
+    file, agent = world.folder / "token", Agent.waiting(world.home, printing)
     file.write_text(world.env.pop("GITHUB_TOKEN") + "\n")
     world.open("Do something.")
     process = world.start("--once", GITHUB_TOKEN_FILE=str(file), AGENT_LOG_LEVEL="DEBUG", **agent.env)

@@ -20,7 +20,7 @@ def patch(number: int) -> str:
 
 def sleeper(world: World, seconds: float = 600) -> str:
     """An agent that says that it runs, and goes on doing so; a shell command."""
-    return f'touch "{world.folder}/started-$AGENT_TASK_ID"; sleep {seconds}; echo x > new.txt'
+    return f'touch "{world.home}/started-$AGENT_TASK_ID"; sleep {seconds}; echo x > new.txt'
 
 
 def daemon_of(world: World, **env: str) -> Daemon:
@@ -30,7 +30,7 @@ def daemon_of(world: World, **env: str) -> Daemon:
 @pytest.mark.race
 def test_three_hundred_issues_are_each_done_once_while_the_list_shifts(world: World) -> None:
     code = 'import os\nopen(os.environ["AGENT_TASK_ID"], "w")\n'
-    program = world.folder / "agent.py"
+    program = world.home / "agent.py"
     program.write_text(code)
     idle = [world.open(labels=["copilot-agent", "agent-done"]) for _ in range(20)]
     numbers = [world.open(patch(n), title=f"Task {n}") for n in range(1, 301)]
@@ -53,10 +53,10 @@ def test_the_oldest_issues_come_first_and_only_so_many_at_once(world: World) -> 
     for number in range(1, 6):
         world.open(patch(number))
     with daemon_of(world, AGENT_COMMAND=sleeper(world), AGENT_SHELL="1", AGENT_MAX_CONCURRENT="2"):
-        wait_until(lambda: len(list(world.folder.glob("started-*"))) == 2)
+        wait_until(lambda: len(list(world.home.glob("started-*"))) == 2)
         assert world.labels(1) == world.labels(2) == ["agent-processing", "copilot-agent"]
         assert world.labels(3) == ["copilot-agent"]
-    assert sorted(p.name for p in world.folder.glob("started-*")) == ["started-t1", "started-t2"]
+    assert sorted(p.name for p in world.home.glob("started-*")) == ["started-t1", "started-t2"]
 
 
 def test_a_free_worker_takes_the_next_issue_without_another_poll(world: World) -> None:
@@ -81,7 +81,7 @@ def test_stopping_lets_work_finish_and_takes_no_more(world: World) -> None:
     for number in (1, 2):
         world.open(patch(number))
     with daemon_of(world, AGENT_COMMAND=sleeper(world, 1), AGENT_SHELL="1") as daemon:
-        wait_until((world.folder / "started-t1").exists)
+        wait_until((world.home / "started-t1").exists)
         daemon.end()
     assert daemon.runner.outcomes == {"done": 1}
     assert world.labels(1) == ["agent-done", "copilot-agent"]
@@ -93,7 +93,7 @@ def test_work_that_does_not_finish_in_time_is_ended_and_queued_again(world: Worl
     world.open(patch(1))
     env = {"AGENT_DRAIN_SECONDS": drain, "AGENT_SHELL": "1", "AGENT_COMMAND": sleeper(world)}
     with daemon_of(world, **env) as daemon:
-        wait_until((world.folder / "started-t1").exists)
+        wait_until((world.home / "started-t1").exists)
         daemon.runner.request_stop()
         daemon.end(now=again)
     assert daemon.runner.outcomes == {"stopped": 1}
@@ -107,7 +107,7 @@ def test_work_that_does_not_finish_in_time_is_ended_and_queued_again(world: Worl
 def test_stopping_while_github_is_away_ends_soon(world: World) -> None:
     world.open(patch(1))
     with daemon_of(world, AGENT_COMMAND=sleeper(world, 1), AGENT_SHELL="1") as daemon:
-        wait_until((world.folder / "started-t1").exists)
+        wait_until((world.home / "started-t1").exists)
         world.github.stop()
         daemon.end()
     assert daemon.runner.outcomes == {"stopped": 1}
@@ -118,7 +118,7 @@ def test_one_fault_while_stopping_leaves_no_label_behind(world: World, fault: di
     world.open(patch(1))
     env = {"AGENT_DRAIN_SECONDS": "0", "AGENT_SHELL": "1", "AGENT_COMMAND": sleeper(world)}
     with daemon_of(world, **env) as daemon:
-        wait_until((world.folder / "started-t1").exists)
+        wait_until((world.home / "started-t1").exists)
         world.github.faults += [Fault(method=m, **fault) for m in ("PATCH", "DELETE")]  # type: ignore[arg-type]
         daemon.end()
     assert world.labels(1) == ["copilot-agent"]

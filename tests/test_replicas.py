@@ -33,7 +33,7 @@ def place_of(world: World, name: str) -> dict[str, str]:
 @pytest.mark.race
 def test_two_hundred_issues_are_each_done_once_by_eight_runners(world: World) -> None:
     numbers = [world.open(about(number)) for number in range(1, 201)]
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     env = {**agent.env, "AGENT_LOG_LEVEL": "ERROR"}
     places = [place_of(world, f"runner-{index}") | {"AGENT_POLL_INTERVAL": "5"} for index in range(8)]
     processes = [world.start(**place, **env) for place in places]
@@ -59,7 +59,7 @@ def test_two_hundred_issues_are_each_done_once_by_eight_runners(world: World) ->
 def test_two_runners_with_the_same_state_folder_do_each_issue_once(world: World) -> None:
     """As `docker compose up --scale` with one volume: the second one gets a name of its own by itself."""
     numbers = [world.open(about(number)) for number in range(1, 11)]
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     processes = [world.start(AGENT_POLL_INTERVAL="1", **agent.env) for _ in range(2)]
     try:
         world.wait_for_done(numbers, 120)
@@ -80,9 +80,9 @@ class Pair:
 
     def __init__(self, world: World) -> None:
         self.world, self.number = world, world.open("Do something.")
-        self.slow = Agent.waiting(world.folder)
-        (world.folder / "b-agent").mkdir()
-        self.quick = Agent(world.folder / "b-agent")
+        self.slow = Agent.waiting(world.home)
+        (world.home / "b-agent").mkdir()
+        self.quick = Agent(world.home / "b-agent")
         self.a = self._start("a", self.slow)
         self.slow.pid()
         self.a.send_signal(signal.SIGSTOP)
@@ -151,7 +151,7 @@ def test_a_holder_whose_agent_finished_while_it_slept_publishes_nothing(world: W
 
 def test_a_claim_whose_holder_is_gone_for_good_is_taken_over_after_its_lease(world: World) -> None:
     world.open("Do something.")
-    agent = Agent.waiting(world.folder)
+    agent = Agent.waiting(world.home)
     process = world.start("--once", AGENT_LEASE="3", **place_of(world, "a"), **agent.env)
     agent.pid()
     process.kill()
@@ -194,7 +194,7 @@ def message_of(world: World, ref: str) -> str:
 def test_a_holder_whose_clock_is_a_day_off_keeps_its_claim(world: World, off: float) -> None:
     """The agent takes longer than a lease, and somebody watches the claim all the while."""
     world.open("Do something.")
-    agent = Agent.waiting(world.folder)
+    agent = Agent.waiting(world.home)
     holder = world.runner(WrongClock(off), AGENT_LEASE="6", **place_of(world, "holder"), **agent.env)
     with Daemon(holder) as first:
         agent.pid()
@@ -233,7 +233,7 @@ class CalledOff:
     def __init__(self, world: World, way: str) -> None:
         self.world, (call_off, self._wish_again) = world, CALLED_OFF[way]
         world.open("Do something.")
-        self.agent = Agent.waiting(world.folder)
+        self.agent = Agent.waiting(world.home)
         self.runner = world.runner(None, AGENT_LEASE="6", AGENT_POLL_INTERVAL="1", **self.agent.env)
         with Daemon(self.runner) as daemon:
             pid = self.agent.pid()
@@ -274,7 +274,7 @@ def test_an_issue_that_was_called_off_and_is_wanted_again_is_done_afresh(world: 
 def test_the_same_process_takes_up_again_what_was_called_off(world: World, way: str) -> None:
     call_off, wish_again = CALLED_OFF[way]
     world.open("Do something.")
-    agent, now = Agent.waiting(world.folder), world.github.now
+    agent, now = Agent.waiting(world.home), world.github.now
     with Daemon(world.runner(None, AGENT_LEASE="6", AGENT_POLL_INTERVAL="1", **agent.env)) as daemon:
         pid = agent.pid()
         call_off(world)
@@ -290,7 +290,7 @@ def test_the_same_process_takes_up_again_what_was_called_off(world: World, way: 
 
 def test_an_issue_that_is_called_off_between_claim_and_work_is_left_alone(world: World) -> None:
     """The claim is there, the issue is read again, and says no."""
-    agent = Agent(world.folder)
+    agent = Agent(world.home)
     world.open("Do something.")
     world.github.faults.append(Fault(path=".*/issues/1", action=lambda: world.github.close_issue(DISPATCH, 1)))
     assert world.run_once(**agent.env).outcomes == {"skipped": 1}

@@ -231,7 +231,7 @@ def test_an_agent_that_fails_is_told_with_its_last_50_lines(world: World) -> Non
         print("\\x1b[31m```red\\x1b[0m", file=sys.stderr)
         sys.exit(3)
     """
-    world.run_once(AGENT_COMMAND=agent(world.folder, code))
+    world.run_once(AGENT_COMMAND=agent(world.home, code))
     comment = failed(world)
     assert "exit status 3" in comment
     shown = comment.split("````text\n")[1].split("\n````")[0].split("\n")
@@ -247,13 +247,13 @@ def test_an_agent_that_never_stops_talking_is_heard_to_the_end_only(world: World
         print("the end")
         sys.exit(1)
     """
-    world.run_once(AGENT_COMMAND=agent(world.folder, code))
+    world.run_once(AGENT_COMMAND=agent(world.home, code))
     assert "the end" in failed(world)
 
 
 def test_an_agent_that_is_killed_is_told(world: World) -> None:
     world.open("Do something.")
-    world.run_once(AGENT_COMMAND=agent(world.folder, "import os; os.kill(os.getpid(), 9)"))
+    world.run_once(AGENT_COMMAND=agent(world.home, "import os; os.kill(os.getpid(), 9)"))
     assert "ended with signal 9" in failed(world)
 
 
@@ -265,7 +265,7 @@ def test_an_agent_that_takes_too_long_is_ended_with_its_children(world: World) -
         print("child", child.pid, flush=True)
         time.sleep(600)
     """
-    world.run_once(AGENT_COMMAND=agent(world.folder, code), AGENT_TASK_TIMEOUT="1")
+    world.run_once(AGENT_COMMAND=agent(world.home, code), AGENT_TASK_TIMEOUT="1")
     comment = failed(world)
     assert "ran out of time (1 s)" in comment
     found = re.search(r"child (\d+)", comment)
@@ -324,7 +324,7 @@ def test_long_texts_are_cut_with_a_note(world: World) -> None:
         open(os.environ["AGENT_SUMMARY_FILE"], "w").write("word " * 40_000)
     """
     world.open("Do something.", title="t" * 256)
-    world.run_once(AGENT_COMMAND=agent(world.folder, code))
+    world.run_once(AGENT_COMMAND=agent(world.home, code))
     assert "characters more were left out" in world.pull_body()
     assert len(world.pull_body()) <= 65_536
     assert world.pull().title.endswith("…")
@@ -343,7 +343,7 @@ def test_an_agent_gets_its_task_in_every_way(world: World) -> None:
         told |= {name: os.environ[name] for name in names}
         json.dump(told, open("told.json", "w"))
     """
-    command = agent(world.folder, code) + " {instruction} {instruction_file}"
+    command = agent(world.home, code) + " {instruction} {instruction_file}"
     world.run_once(AGENT_COMMAND=command)
     told = json.loads(world.github.git(TARGET, "show", f"{world.pull().head}:told.json"))
     instruction = "Write `it` down.\n\nTwice; $HOME."
@@ -369,10 +369,10 @@ def test_an_agent_sees_what_it_may_of_the_environment_and_never_the_token(world:
     code = 'import os, json; json.dump(dict(os.environ), open("env.json", "w"))'
     world.open("Do something.")
     env = {"MODEL_KEY": "k", "OTHER": "x", "LANG": "C.UTF-8", "AGENT_ENV": "MODEL_KEY,NOT_SET"}
-    world.run_once(AGENT_COMMAND=agent(world.folder, code), **env)
+    world.run_once(AGENT_COMMAND=agent(world.home, code), **env)
     seen = json.loads(world.github.git(TARGET, "show", f"{world.pull().head}:env.json"))
     assert seen["MODEL_KEY"] == "k"
-    assert seen["HOME"] == str(world.folder / "state/home")
+    assert seen["HOME"] == str(world.home)
     allowed = {"PATH", "LANG", "HOME", "TMPDIR", "MODEL_KEY", "LC_CTYPE"}
     assert {name for name in seen if not name.startswith("AGENT_")} <= allowed
     assert world.github.token not in json.dumps(seen)
@@ -381,7 +381,7 @@ def test_an_agent_sees_what_it_may_of_the_environment_and_never_the_token(world:
 def test_an_instruction_is_never_taken_for_an_option(world: World) -> None:
     world.open("--dangerous")
     code = 'import sys; open("argument", "w").write(sys.argv[1])'
-    world.run_once(AGENT_COMMAND=agent(world.folder, code) + " {instruction}")
+    world.run_once(AGENT_COMMAND=agent(world.home, code) + " {instruction}")
     argument = world.github.git(TARGET, "show", f"{world.pull().head}:argument")
     assert argument == "\n--dangerous"
 
@@ -400,7 +400,7 @@ def test_an_agents_summary_is_the_pull_requests_text(world: World) -> None:
         open(os.environ["AGENT_SUMMARY_FILE"], "w").write("Made **it** new.\\n" + forged + "\\n```\\nopen")
     """
     world.open(dispatch_body("Do something."))
-    world.run_once(AGENT_COMMAND=agent(world.folder, code))
+    world.run_once(AGENT_COMMAND=agent(world.home, code))
     assert "Made **it** new." in world.pull_body()
     assert metadata_of(world.pull_body())["task_id"] == TASK_ID
     assert [json.loads(m)["task_id"] for m in BACKENDS_EXPRESSION.findall(world.pull_body())] == [TASK_ID]
@@ -408,7 +408,7 @@ def test_an_agents_summary_is_the_pull_requests_text(world: World) -> None:
 
 def test_an_agents_output_stands_in_for_a_summary(world: World) -> None:
     world.open("Do something.")
-    world.run_once(AGENT_COMMAND=agent(world.folder, 'print("I did"); open("new", "w")'))
+    world.run_once(AGENT_COMMAND=agent(world.home, 'print("I did"); open("new", "w")'))
     assert "I did" in world.pull_body()
 
 
@@ -417,7 +417,7 @@ def test_a_summary_that_is_a_link_is_not_read(world: World) -> None:
     secret.write_text("s3cret")
     code = f'import os; os.symlink("{secret}", os.environ["AGENT_SUMMARY_FILE"]); open("new", "w")'
     world.open("Do something.")
-    world.run_once(AGENT_COMMAND=agent(world.folder, code))
+    world.run_once(AGENT_COMMAND=agent(world.home, code))
     assert "s3cret" not in world.pull_body()
 
 
@@ -428,7 +428,7 @@ def test_a_summary_that_is_no_file_is_not_read(world: World, kind: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         world.open("Do something.")
-    assert world.run_once(AGENT_COMMAND=agent(world.folder, code)).outcomes == {"done": 3}
+    assert world.run_once(AGENT_COMMAND=agent(world.home, code)).outcomes == {"done": 3}
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # the client's connection stays open
 
 
@@ -458,7 +458,7 @@ def test_a_plugin_changes_files_and_returns_a_summary(world: World) -> None:
             return "A *summary*."
     """
     world.open(dispatch_body("Do something."))
-    world.run_once(AGENT_PROCESS_TASK=plugin(world.folder, code))
+    world.run_once(AGENT_PROCESS_TASK=plugin(world.home, code))
     assert "A *summary*." in world.pull_body()
     written = world.github.git(TARGET, "show", f"{world.pull().head}:new.txt")
     base = world.github.git(TARGET, "rev-parse", "main").strip()
@@ -474,15 +474,15 @@ def test_a_plugin_of_the_first_runners_form_works(world: World) -> None:
             return True
     """
     world.open(title="From the title")
-    world.run_once(AGENT_PROCESS_TASK=plugin(world.folder, code))
+    world.run_once(AGENT_PROCESS_TASK=plugin(world.home, code))
     assert world.github.git(TARGET, "show", f"{world.pull().head}:new.txt") == "From the title"
 
 
 def test_a_plugin_can_be_a_module(world: World) -> None:
-    (world.folder / "package").mkdir()
-    plugin(world.folder / "package", 'def process_task(task, workspace): open("new", "w")')
+    (world.home / "package").mkdir()
+    plugin(world.home / "package", 'def process_task(task, workspace): open("new", "w")')
     world.open("Do something.")
-    env = {"PYTHONPATH": str(world.folder), "AGENT_ENV": "PYTHONPATH"}
+    env = {"PYTHONPATH": str(world.home), "AGENT_ENV": "PYTHONPATH"}
     world.run_once(AGENT_PROCESS_TASK="package.my_agent:process_task", **env)
     assert world.labels() == ["agent-done", "copilot-agent"]
 
@@ -501,14 +501,14 @@ def test_what_a_plugin_has_to_say_is_told(world: World, case: str) -> None:
     statement, reason = PLUGIN_FAILURES[case]
     world.open("Do something.")
     code = f"import os, runner\ndef process_task(issue): {statement}"
-    world.run_once(AGENT_PROCESS_TASK=plugin(world.folder, code))
+    world.run_once(AGENT_PROCESS_TASK=plugin(world.home, code))
     assert reason in failed(world)
 
 
 def test_a_plugin_does_not_have_the_token(world: World) -> None:
     code = 'import os\ndef process_task(task, workspace): open("env", "w").write(repr(os.environ))'
     world.open("Do something.")
-    world.run_once(AGENT_PROCESS_TASK=plugin(world.folder, code))
+    world.run_once(AGENT_PROCESS_TASK=plugin(world.home, code))
     seen = world.github.git(TARGET, "show", f"{world.pull().head}:env")
     assert world.github.token not in seen
     assert "AGENT_TASK_ID" in seen
@@ -518,7 +518,7 @@ def test_a_plugin_does_not_have_the_token(world: World) -> None:
 
 
 def retried(world: World, code: str, **env: str) -> Runner:
-    runner = world.runner(FastClock(), AGENT_PROCESS_TASK=plugin(world.folder, code), **env)
+    runner = world.runner(FastClock(), AGENT_PROCESS_TASK=plugin(world.home, code), **env)
     runner.run_once()
     return runner
 
@@ -543,7 +543,7 @@ def test_a_task_is_tried_only_so_often(world: World) -> None:
 
 def test_another_try_is_announced(world: World) -> None:
     world.open("Do something.")
-    spec = plugin(world.folder, RETRY + "    raise runner.TaskRetry('model is busy')")
+    spec = plugin(world.home, RETRY + "    raise runner.TaskRetry('model is busy')")
     runner = world.runner(AGENT_PROCESS_TASK=spec)
     while not runner._again:
         runner.tick()
@@ -662,14 +662,14 @@ def test_an_answer_that_was_lost_makes_nothing_twice(world: World) -> None:
 
 
 def test_a_minute_without_github_loses_no_work(world: World) -> None:
-    runs = world.folder / "runs"
+    runs = world.home / "runs"
     world.open("Do something.")
     code = f'open("new", "w"); open("{runs}", "a").write("x")'
     world.github.faults += [
         Fault(kind="git", path=".*receive-pack", status=503, times=4),
         Fault(method="POST", path=".*/pulls", status=502, times=4),
     ]
-    runner = world.runner(FastClock(), AGENT_COMMAND=agent(world.folder, code))
+    runner = world.runner(FastClock(), AGENT_COMMAND=agent(world.home, code))
     runner.run_once()
     assert runner.outcomes == {"done": 1}
     assert runs.read_text() == "x"
@@ -798,7 +798,7 @@ def test_a_token_that_an_agent_tells_is_masked(world: World) -> None:
     code = f'print("found {world.github.token} and s3cret-model-key"); open("new", "w")'
     world.open("Do something.")
     env = {"MODEL_KEY": "s3cret-model-key", "AGENT_ENV": "MODEL_KEY"}
-    world.run_once(AGENT_COMMAND=agent(world.folder, code), **env)
+    world.run_once(AGENT_COMMAND=agent(world.home, code), **env)
     assert "found *** and ***" in world.pull_body()
 
 
@@ -817,7 +817,7 @@ def test_an_issue_that_is_taken_back_between_two_attempts_is_let_go(world: World
 
 
 def test_the_same_process_runs_many_tasks_at_once(world: World, config: Config) -> None:
-    barrier = world.folder / "barrier"
+    barrier = world.home / "barrier"
     barrier.mkdir()
     code = f"""
         import os, pathlib, time
@@ -829,7 +829,7 @@ def test_the_same_process_runs_many_tasks_at_once(world: World, config: Config) 
     """
     for number in range(4):
         world.open(dispatch_body("Do something.", task_id=f"t{number}"))
-    command = agent(world.folder, code)
+    command = agent(world.home, code)
     runner = world.run_once(AGENT_COMMAND=command, AGENT_MAX_CONCURRENT="4", AGENT_TASK_TIMEOUT="60")
     assert runner.outcomes == {"done": 4}
     assert threading.active_count() < 20
