@@ -27,6 +27,7 @@ from pathlib import Path
 from demo import wait_for
 from openapi_check import check_request
 from standin import StandIn
+from standin_graphql import answer_query
 
 RUNNER = Path(__file__).parents[1] / "runner.py"
 DISPATCH, TARGET = "acme/tasks", "acme/widgets"
@@ -84,7 +85,7 @@ def main() -> int:
 @contextlib.contextmanager
 def standing_in(folder: Path) -> Iterator[StandIn]:
     """The stand-in with its two repositories, and no limit on requests."""
-    with StandIn(folder / "github", check=check_request) as github:
+    with StandIn(folder / "github", check=check_request, graphql=answer_query) as github:
         github.rate_limit = github.rate_remaining = 10**9
         github.add_repository(DISPATCH)
         github.add_repository(TARGET)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from openapi_check import check_request
 from standin import Issue, Pull, RecordedRequest, StandIn
+from standin_graphql import answer_query
 
 import runner as runner_module
 from runner import Clock, Config, Runner
@@ -173,7 +174,8 @@ class World:
         return self.issue(number).comments[-1].body
 
     def requests(self, method: str = "", path: str = "") -> list[RecordedRequest]:
-        return [r for r in self.github.rest() if method in r.method and path in r.path]
+        """Requests to the API, REST and GraphQL."""
+        return [r for r in self.github.requests("rest", "graphql") if method in r.method and path in r.path]
 
     def labels(self, number: int = 1) -> list[str]:
         return sorted(self.issue(number).labels)
@@ -200,7 +202,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     """A started stand-in. A request that GitHub would not know fails the test."""
-    with StandIn(tmp_path / "github", check=check_request) as github:
+    with StandIn(tmp_path / "github", check=check_request, graphql=answer_query) as github:
         github.add_repository(DISPATCH)
         github.add_repository(TARGET, files={"README.md": "# Widgets\n", "src/app.py": "print(1)\n"})
         world = World(github, tmp_path)

@@ -1,4 +1,4 @@
-"""A strict stand-in for GitHub: REST below /api/v3 and git over HTTP, in this process.
+"""A strict stand-in for GitHub: REST below /api/v3, GraphQL and git over HTTP, in this process.
 
     with StandIn(tmp_path) as github:
         github.add_repository("acme/dispatch")
@@ -9,7 +9,7 @@
 
 Strict means: an unknown route, query parameter or body key, a missing header, or a bug in here
 ends up in `problems`. Rules come from GitHub's documentation; repositories are real bare git
-repositories behind `git http-backend`. Standard library only.
+repositories behind `git http-backend`. Standard library only; who wants GraphQL passes standin_graphql.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from socketserver import TCPServer
 from typing import Any, Self, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlencode
 
-API_PREFIX = "/api/v3"
+API_PREFIX, GRAPHQL = "/api/v3", "/api/graphql"  # as on GitHub Enterprise Server
 REASONS = http.client.responses
 # https://docs.github.com/en/rest/about-the-rest-api/api-versions
 API_VERSIONS = {"2022-11-28", "2026-03-10"}
@@ -72,7 +72,7 @@ Json = dict[str, Any]
 class RecordedRequest:
     """One request as it came in; `path` is still percent-encoded."""
 
-    kind: str  # "rest": path is below the API prefix; "git": whole path
+    kind: str  # "rest": path is below the API prefix; "graphql" and "git": whole path
     method: str
     path: str
     query: dict[str, str]
@@ -92,7 +92,7 @@ class Fault:
 
     method: str = "*"
     path: str = ".*"  # regular expression for the whole of RecordedRequest.path
-    kind: str = "rest"  # "rest", "git" or "*"
+    kind: str = "rest"  # "rest", "graphql", "git" or "*"
     where: Callable[[RecordedRequest], bool] | None = None  # what else must hold of the request
     times: int | None = 1
     after: int = 0  # so many matching requests pass first
@@ -140,6 +140,16 @@ class Comment:
     updated_at: str
 
 
+@dataclass
+class Event:
+    """What somebody has done to an issue's text or labels; only GraphQL tells it."""
+
+    kind: str  # "edited" (its body), "renamed" or "labeled"
+    by: str | None  # None: the account has been deleted
+    at: str
+    label: Label | None = None
+
+
 @dataclass(kw_only=True)
 class Issue:
     id: int
@@ -155,6 +165,7 @@ class Issue:
     closed_at: str | None = None
     labels: list[str] = field(default_factory=list)
     comments: list[Comment] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # the oldest first
     deleted: bool = False
     transferred_to: str | None = None  # "owner/repo#number"
 
@@ -202,16 +213,18 @@ class StandIn:
         token: str = "ghp_" + string.digits + string.ascii_lowercase,
         port: int = 0,
         check: Callable[[RecordedRequest], None] | None = None,
+        graphql: Callable[[StandIn, RecordedRequest], Json] | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.root, self.token, self.check, self.now = root, token, check, now
+        self.root, self.token, self.check, self.graphql, self.now = root, token, check, graphql, now
         self.login = "agent-runner"  # whose token it is
         self.log: list[RecordedRequest] = []
         self.problems: list[str] = []
         self.faults: list[Fault] = []
         self.push_denied: set[str] = set()  # repositories the token may read only
         self.hidden: set[str] = set()  # repositories that answer 404 to everything
-        self.rate_limit = self.rate_remaining = 5000
+        self.permissions: dict[str, str] = {}  # by login: admin, write, read or none; nobody else exists
+        self.rate_limit = self.rate_remaining = self.graphql_remaining = 5000
         self.rate_reset = int(now()) + 3600
         self.repositories: dict[str, Repository] = {}
         self.lock = threading.RLock()
@@ -257,7 +270,11 @@ class StandIn:
 
     def rest(self) -> list[RecordedRequest]:
         """The REST requests so far."""
-        return [request for request in list(self.log) if request.kind == "rest"]
+        return self.requests("rest")
+
+    def requests(self, *kinds: str) -> list[RecordedRequest]:
+        """The requests of these kinds so far."""
+        return [request for request in list(self.log) if request.kind in kinds]
 
     def url(self, name: str) -> str:
         """The clone URL of a repository."""
@@ -379,15 +396,29 @@ class StandIn:
                 issue = self.new_pull(repo, values, f"patch-{values['number']}")
             repo.issues[issue.number] = issue
             for label in labels:
-                self.add_label(name, issue.number, label)
+                self.add_label(name, issue.number, label, by=author)
+            for event in issue.events:  # all of it is one act
+                event.at = issue.created_at
+            issue.updated_at = issue.created_at
         return issue.number
 
-    def edit_issue(self, name: str, number: int, *, title: str | None = None, body: str | None = None) -> None:
+    def edit_issue(
+        self,
+        name: str,
+        number: int,
+        *,
+        title: str | None = None,
+        body: str | None = None,
+        by: str | None = "octocat",
+    ) -> None:
         with self.lock:
             issue = self.issue(name, number)
-            issue.title = issue.title if title is None else title
-            issue.body = issue.body if body is None else body
-            self.touch(issue)
+            if title is not None:
+                issue.title = title
+                self.record(issue, "renamed", by)
+            if body is not None:
+                issue.body = body
+                self.record(issue, "edited", by)
 
     def close_issue(self, name: str, number: int) -> None:
         self.set_state(self.issue(name, number), "closed")
@@ -395,14 +426,14 @@ class StandIn:
     def reopen_issue(self, name: str, number: int) -> None:
         self.set_state(self.issue(name, number), "open")
 
-    def add_label(self, name: str, number: int, label: str) -> None:
+    def add_label(self, name: str, number: int, label: str, *, by: str | None = "octocat") -> None:
         """Label an issue by hand; a label the repository lacks is made with its own colour."""
         with self.lock:
             repo = self.repository(name)
             if label.lower() not in repo.labels:
                 made = Label(next(self._ids), label, "d4c5f9", "Made by a person")
                 repo.labels[label.lower()] = made
-            self.label_issue(repo, repo.issues[number], label)
+            self.label_issue(repo, repo.issues[number], label, by)
 
     def remove_label(self, name: str, number: int, label: str) -> None:
         with self.lock:
@@ -458,11 +489,15 @@ class StandIn:
             label = repo.labels[name.lower()] = Label(next(self._ids), name, **fields)
         return label
 
-    def label_issue(self, repo: Repository, issue: Issue, name: str) -> None:
+    def label_issue(self, repo: Repository, issue: Issue, name: str, by: str | None) -> None:
         label = self.new_label(repo, name)
         if label.name not in issue.labels:
             issue.labels.append(label.name)
-            self.touch(issue)
+            self.record(issue, "labeled", by, label)
+
+    def record(self, issue: Issue, kind: str, by: str | None, label: Label | None = None) -> None:
+        self.touch(issue)
+        issue.events.append(Event(kind, by, issue.updated_at, label))
 
     def set_state(self, issue: Issue, state: str) -> None:
         with self.lock:
@@ -663,10 +698,11 @@ def route(method: str, template: str, accepts: str = "", *, locked: bool = True)
     return register
 
 
-def answer_rest(github: StandIn, request: RecordedRequest, raw: bytes) -> tuple[Answer, bytes]:
+def answer_api(github: StandIn, request: RecordedRequest, raw: bytes) -> tuple[Answer, bytes]:
     """The answer with all its headers, and its body."""
     try:
-        answer = serve_rest(github, request, raw)
+        serve = serve_rest if request.kind == "rest" else serve_graphql
+        answer = serve(github, request, raw)
     except HttpError as refusal:
         answer = refusal.answer
     except Exception:  # a bug in here must be seen, and must not garble the answer
@@ -698,6 +734,26 @@ def serve_rest(github: StandIn, request: RecordedRequest, raw: bytes) -> Answer:
         with github.lock:
             return found.handler(call)
     return found.handler(call)
+
+
+def serve_graphql(github: StandIn, request: RecordedRequest, raw: bytes) -> Answer:
+    """https://docs.github.com/en/graphql/guides/forming-calls-with-graphql"""
+    authorise(github, request)
+    if github.graphql is None or request.method != "POST" or request.query:
+        github.problem(request, "the stand-in has no such route")
+        raise HttpError(404, "Not Found")
+    if not isinstance(request.json, dict):
+        raise HttpError(400, "Problems parsing JSON")
+    if unknown := sorted(request.json.keys() - {"query", "variables"}):
+        github.problem(request, f"not served: {', '.join(unknown)}")
+    with github.lock:
+        # It has a limit of its own, and tells with status 200 that it is reached:
+        # https://docs.github.com/en/graphql/overview/rate-limits-and-node-limits-for-the-graphql-api
+        error = {"type": "RATE_LIMITED", "message": "API rate limit exceeded for user ID 1."}
+        limited, left = github.graphql_remaining <= 0, max(0, github.graphql_remaining - 1)
+        data = {"errors": [error]} if limited else github.graphql(github, request)
+        github.graphql_remaining = left
+    return Answer(200, data, {"x-ratelimit-resource": "graphql", "x-ratelimit-remaining": str(left)})
 
 
 def authorise(github: StandIn, request: RecordedRequest) -> None:
@@ -829,6 +885,18 @@ def get_repository(call: Call) -> Answer:
     return Answer(200, render_repository(call.github, call.repo))
 
 
+@route("GET", REPO + "/collaborators/{username}/permission")
+def get_permission(call: Call) -> Answer:
+    """https://docs.github.com/en/rest/collaborators/collaborators#get-repository-permissions-for-a-user"""
+    login = call.args["username"]
+    if call.repo.name in call.github.push_denied:
+        raise HttpError(403, "Must have push access to view collaborator permission.")
+    if login not in call.github.permissions:
+        raise HttpError(404, f"{login} is not a user")
+    permission = call.github.permissions[login]
+    return Answer(200, {"permission": permission, "role_name": permission, "user": render_user(login)})
+
+
 # The routes: issues, https://docs.github.com/en/rest/issues/issues
 
 
@@ -880,7 +948,7 @@ def create_issue(call: Call) -> Answer:
     values = call.github.new_issue(call.repo, title or "", body, call.github.login, "COLLABORATOR")
     issue = call.repo.issues[values["number"]] = Issue(**values)
     for name in labels:
-        call.github.label_issue(call.repo, issue, name)
+        call.github.label_issue(call.repo, issue, name, call.github.login)
     return Answer(201, render_issue(call, issue))
 
 
@@ -939,7 +1007,7 @@ def add_labels(call: Call) -> Answer:
     if not names:
         raise invalid("Label", "name", "missing_field")
     for name in names:
-        call.github.label_issue(call.repo, issue, name)
+        call.github.label_issue(call.repo, issue, name, call.github.login)
     return Answer(200, labels_of(call, issue))
 
 
@@ -1391,12 +1459,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         path, _, query = self.path.partition("?")
         rest = path.startswith(API_PREFIX + "/")
+        kind = "rest" if rest else "graphql" if path == GRAPHQL else "git"
         body = self._read_body()
-        raw = b"".join(body) if rest else b""
+        raw = b"" if kind == "git" else b"".join(body)
         request = RecordedRequest(
-            kind="rest" if rest else "git",
+            kind=kind,
             method=self.command,
-            path=path.removeprefix(API_PREFIX) if rest else path,
+            path=path.removeprefix(API_PREFIX),
             query=dict(parse_qsl(query, keep_blank_values=True)),
             headers={name.lower(): value for name, value in self.headers.items()},
             json=parse_json(raw),
@@ -1409,8 +1478,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault.status is not None:
             self._send_fault(request, fault)
-        elif rest:
-            answer, data = answer_rest(self.github, request, raw)
+        elif kind != "git":
+            answer, data = answer_api(self.github, request, raw)
             self._send(request, fault, answer.status, answer.headers, data)
         else:
             self._serve_git(request, fault, body)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import gzip
 import http.client
+import itertools
 import json
 import subprocess
 import threading
@@ -17,7 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from openapi_check import check_request
-from standin import Fault, RecordedRequest, StandIn
+from standin import GRAPHQL, Fault, RecordedRequest, StandIn
+from standin_graphql import answer_query
 
 REPO = "acme/dispatch"
 ISSUES = f"/repos/{REPO}/issues"
@@ -40,7 +42,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def github(tmp_path: Path, clock: Clock) -> Iterator[StandIn]:
-    with StandIn(tmp_path / "github", check=check_request, now=clock) as standin:
+    with StandIn(tmp_path / "github", check=check_request, graphql=answer_query, now=clock) as standin:
         standin.add_repository(REPO)
         yield standin
 
@@ -345,6 +347,129 @@ def test_a_renamed_repository_redirects_and_keeps_the_method(github: StandIn) ->
     assert post(github, ISSUES, {"title": "x"}).status == 307
     assert get(github, moved.headers["location"]).json == []
     assert get(github, "/repos/acme/new").json["full_name"] == "acme/new"
+
+
+def test_a_persons_permission_is_told(github: StandIn) -> None:
+    people = f"/repos/{REPO}/collaborators"
+    github.permissions["octocat"] = "write"
+    told = get(github, f"{people}/octocat/permission")
+    assert (told.json["permission"], told.json["user"]["login"]) == ("write", "octocat")
+    assert get(github, f"{people}/nobody/permission").status == 404
+    github.push_denied.add(REPO)
+    assert get(github, f"{people}/octocat/permission").status == 403
+
+
+# GraphQL.
+
+ACTOR = "{ __typename login }"
+EDITS = f"userContentEdits(first: 2) {{ pageInfo {{ hasNextPage }} nodes {{ editedAt editor {ACTOR} }} }}"
+LABELED = f"... on LabeledEvent {{ createdAt actor {ACTOR} label {{ name }} }}"
+RENAMED = f"... on RenamedTitleEvent {{ createdAt actor {ACTOR} }}"
+TIMELINE = (
+    f"timelineItems(last: 2, itemTypes: [LABELED_EVENT, RENAMED_TITLE_EVENT]) {{ nodes {{ {LABELED} {RENAMED} }} }}"
+)
+
+
+def ask(github: StandIn, wanted: str, number: int = 1, repo: str = "dispatch", **changed: str | None) -> Reply:
+    """A query about an issue."""
+    query = 'query($name: String!, $number: Int!) { repository(owner: "acme", name: $name) { issue(number: $number)'
+    body = {"query": f"{query} {{ {wanted} }} }} }}", "variables": {"name": repo, "number": number}}
+    return send(github, "POST", github.server_url + GRAPHQL, body, **changed)
+
+
+def asked(github: StandIn, wanted: str) -> Any:
+    return ask(github, wanted).json["data"]["repository"]["issue"]
+
+
+def test_graphql_wants_the_token_and_a_post(github: StandIn) -> None:
+    open_issues(github, 1)
+    assert ask(github, "updatedAt", Authorization=None).status == 401
+    assert ask(github, "updatedAt", Authorization="Bearer wrong").json["message"] == "Bad credentials"
+    assert send(github, "POST", github.server_url + GRAPHQL, b"{").status == 400
+    assert github.problems == []
+    assert get(github, github.server_url + GRAPHQL).status == 404
+    assert post(github, "/graphql", {}).status == 404
+    assert len(github.problems) == 2
+
+
+def test_graphql_has_a_limit_of_its_own_which_it_tells_with_200(github: StandIn) -> None:
+    open_issues(github, 1)
+    github.graphql_remaining = 1
+    last, late = ask(github, "updatedAt"), ask(github, "updatedAt")
+    assert (last.headers["x-ratelimit-resource"], last.headers["x-ratelimit-remaining"]) == ("graphql", "0")
+    assert (late.status, late.json["errors"][0]["type"]) == (200, "RATE_LIMITED")
+    assert github.rate_remaining == 5000
+
+
+def test_edits_are_told_the_newest_first_with_the_text_that_they_began_with(github: StandIn, clock: Clock) -> None:
+    open_issues(github, 1)
+    assert asked(github, EDITS)["userContentEdits"] == {"pageInfo": {"hasNextPage": False}, "nodes": []}
+    clock.time += 60
+    github.edit_issue(REPO, 1, body="better", by="helper[bot]")
+    began = {"editedAt": "2025-10-09T08:53:20Z", "editor": {"__typename": "User", "login": "octocat"}}
+    edit = {"editedAt": "2025-10-09T08:54:20Z", "editor": {"__typename": "Bot", "login": "helper"}}
+    assert asked(github, EDITS)["userContentEdits"] == {"pageInfo": {"hasNextPage": False}, "nodes": [edit, began]}
+    github.edit_issue(REPO, 1, body="best", by=None)
+    edits = asked(github, EDITS)["userContentEdits"]
+    assert [node["editor"] for node in edits["nodes"]] == [None, edit["editor"]]
+    assert edits["pageInfo"]["hasNextPage"] is True
+
+
+def test_the_timeline_tells_of_labels_and_titles_the_oldest_first(github: StandIn, clock: Clock) -> None:
+    github.open_issue(REPO, title="x", body="y", author="helper[bot]")
+    clock.time += 60
+    github.edit_issue(REPO, 1, title="z", by="imported[mannequin]")
+    helper, imported = {"__typename": "Bot", "login": "helper"}, {"__typename": "Mannequin", "login": "imported"}
+    label = {"createdAt": "2025-10-09T08:53:20Z", "actor": helper, "label": {"name": "copilot-agent"}}
+    title = {"createdAt": "2025-10-09T08:54:20Z", "actor": imported}
+    assert asked(github, TIMELINE)["timelineItems"]["nodes"] == [label, title]
+    post(github, f"{ISSUES}/1/labels", {"labels": ["agent-done"]})
+    send(github, "PATCH", f"/repos/{REPO}/labels/agent-done", {"new_name": "over"})
+    nodes = asked(github, TIMELINE)["timelineItems"]["nodes"]
+    assert [node.get("label") for node in nodes] == [None, {"name": "over"}]
+    assert asked(github, TIMELINE.replace(", RENAMED_TITLE_EVENT", ""))["timelineItems"]["nodes"][0] == label
+
+
+def test_what_graphql_does_not_find_is_an_error_and_no_problem(github: StandIn) -> None:
+    github.open_issue(REPO, title="A pull", body="", pull_request=True)
+    for answer in (ask(github, "updatedAt", 1), ask(github, "updatedAt", 2), ask(github, "updatedAt", 1, "other")):
+        assert (answer.status, answer.json["errors"][0]["type"]) == (200, "NOT_FOUND")
+    assert github.problems == []
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "title",  # GitHub has it, the stand-in does not
+        "labels_",
+        "userContentEdits { nodes { editedAt } }",
+        "userContentEdits(first: 101) { nodes { editedAt } }",
+        'userContentEdits(first: 2, after: "x") { nodes { editedAt } }',
+        "timelineItems(last: 2) { nodes { __typename } }",
+        "timelineItems(last: 2, skip: 1, itemTypes: [LABELED_EVENT]) { nodes { __typename } }",
+        "timelineItems(last: 2, itemTypes: [LABELLED_EVENT]) { nodes { __typename } }",
+    ],
+)
+def test_a_query_that_is_not_served_is_a_problem(github: StandIn, wanted: str) -> None:
+    open_issues(github, 1)
+    answer = ask(github, wanted)
+    assert answer.status == 200
+    assert answer.json["errors"]
+    assert len(github.problems) == 1
+
+
+def test_a_key_that_graphql_does_not_know_is_a_problem(github: StandIn) -> None:
+    send(github, "POST", github.server_url + GRAPHQL, {"query": "{ __typename }", "params": {}})
+    assert "not served: params" in github.problems[0]
+
+
+def test_an_issue_is_as_old_as_its_first_labels(github: StandIn) -> None:
+    """It is opened with them in one act, however long that takes."""
+    times = itertools.count(1_760_000_000.0)
+    github.now = lambda: next(times)
+    github.open_issue(REPO, title="x", body="y", labels=["a", "b"])
+    issue = github.issue(REPO, 1)
+    assert {issue.updated_at, *(event.at for event in issue.events)} == {issue.created_at}
 
 
 # Comments.
@@ -880,6 +1005,7 @@ def recorded(method: str, path: str, body: Any = None, **query: str) -> Recorded
         recorded("GET", f"{ISSUES}/1", {"body": "x"}),
         recorded("GET", "/repositories/7/milestones"),
         recorded("PUT", "/user"),
+        recorded("GET", f"/repos/{REPO}/collaborators/octocat/permissions"),
     ],
     ids=lambda request: f"{request.method} {request.path} {request.query} {request.json}",
 )
@@ -898,6 +1024,7 @@ def test_a_request_that_github_does_not_describe_is_refused(request_: RecordedRe
         recorded("PATCH", f"/repos/{REPO}/labels/bug", {"new_name": "b", "description": "c"}),
         recorded("GET", PULLS, head="acme:agent-task-1", state="all"),
         recorded("GET", "/user"),
+        recorded("GET", f"/repos/{REPO}/collaborators/octocat/permission"),
     ],
     ids=lambda request: f"{request.method} {request.path}",
 )

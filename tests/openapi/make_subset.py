@@ -22,6 +22,7 @@ ROUTES = {
     "/user": ["get"],
     "/rate_limit": ["get"],
     REPO: ["get"],
+    f"{REPO}/collaborators/{{username}}/permission": ["get"],
     f"{REPO}/issues": ["get", "post"],
     f"{REPO}/issues/{{issue_number}}": ["get"],
     f"{REPO}/issues/{{issue_number}}/comments": ["get", "post"],
