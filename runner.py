@@ -345,6 +345,10 @@ class Config:
             text = text.replace(secret, "***")
         return text
 
+    def allows_author(self, login: str) -> bool:
+        """Whether AGENT_ALLOWED_AUTHORS names a login, which is an App's if it ends with `[bot]`; case is ignored."""
+        return login.lower() in (name.lower() for name in self.allowed_authors)
+
     def allows_target(self, repo: str) -> bool:
         """Whether pull requests may go to what is named; patterns may hold `*`, case is ignored."""
         patterns = self.allowed_targets if REPO_NAME.fullmatch(repo) else ()
@@ -484,9 +488,8 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
     body = encodable(issue.get("body")).replace("\r\n", "\n")
     title = " ".join(encodable(issue.get("title")).split())
     login = str((issue.get("user") or {}).get("login") or "")
-    listed = login.lower() in (name.lower() for name in config.allowed_authors)
     # https://docs.github.com/graphql/reference/enums#commentauthorassociation
-    trusted = listed or issue.get("author_association") in ("OWNER", "MEMBER", "COLLABORATOR")
+    trusted = config.allows_author(login) or issue.get("author_association") in ("OWNER", "MEMBER", "COLLABORATOR")
     lines = key_lines(body) if trusted else {}
     metadata = split_metadata(body)[1] if trusted else None
     if metadata is None:
@@ -679,14 +682,16 @@ def server_time(headers: Mapping[str, str]) -> float:
 
 
 def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
-    """What a 4xx or 5xx answer means for the task at hand."""
+    """What a 4xx or 5xx answer means for the task at hand, or one of GraphQL, which says with 200 what is wrong."""
     data = data if isinstance(data, dict) else {}
     found = data.get("errors") or []
     found = found if isinstance(found, list) else [found]
     errors = [error.get("message") or error if isinstance(error, dict) else error for error in found]
-    reasons = "; ".join(str(reason) for reason in [data.get("message") or "no message", *errors])
+    reasons = "; ".join(str(reason) for reason in [data.get("message"), *errors] if reason) or "no message"
     what = f"GitHub answered {status} to {method} {path}: {reasons}"
-    fault = status >= 500 or status == 408
+    # GraphQL names what it refuses, such as NOT_FOUND; an error without a name is a failure of its own.
+    names = [error.get("type") or error.get("extensions") for error in found if isinstance(error, dict)]
+    fault = status >= 500 or status == 408 or (status == 200 and any(n in (None, "RATE_LIMITED") for n in names))
     return Unreachable(what) if fault else ApiRefused(what, ADVICE.get(status, ""), status=status)
 
 
@@ -704,6 +709,39 @@ def is_wanted(issue: Mapping[str, Any], config: Config) -> bool:
 def is_queued(issue: Mapping[str, Any], config: Config) -> bool:
     """Whether an issue is to be run, or is being run: a claim tells the two apart, the label `processing` does not."""
     return is_wanted(issue, config) and not has_label(issue, config.done_label, config.failed_label)
+
+
+# The edits come newest first, the events newest last: https://docs.github.com/graphql/reference/objects#issue
+HISTORY = """query($owner: String!, $name: String!, $number: Int!) {
+  repository(owner: $owner, name: $name) { issue(number: $number) { updatedAt
+    userContentEdits(first: 100) { pageInfo { hasNextPage } nodes { editedAt editor { __typename login } } }
+    timelineItems(last: 100, itemTypes: [LABELED_EVENT, RENAMED_TITLE_EVENT]) { pageInfo { hasPreviousPage } nodes {
+      ... on LabeledEvent { createdAt actor { __typename login } label { name } }
+      ... on RenamedTitleEvent { createdAt actor { __typename login } }
+    } }
+  } }
+}"""
+
+
+Change = tuple[str, bool, str]  # when, whether title or body was edited (or else the task label given), by whom
+
+
+def rest_login(actor: Mapping[str, str] | None) -> str:
+    """A login as REST has it, for GraphQL names the bot `evil[bot]` like the user `evil`; "" for who is neither."""
+    suffix = {"User": "", "Bot": "[bot]"}.get(actor["__typename"]) if actor else None
+    return "" if actor is None or suffix is None else actor["login"].removesuffix(suffix) + suffix
+
+
+def read_history(issue: Mapping[str, Any], label: str) -> list[Change]:
+    """What the answer to HISTORY tells, the newest first; in one second an edit counts as newer than the label. For
+    older events, which it leaves out, stands an edit by nobody known."""
+    edits, events = issue["userContentEdits"], issue["timelineItems"]
+    if edits["pageInfo"]["hasNextPage"]:
+        raise TaskFailed("The issue was edited more than 100 times.", "Open it anew.")
+    changes = [(edit["editedAt"], True, rest_login(edit["editor"])) for edit in edits["nodes"]]
+    told = [event for event in events["nodes"] if event.get("label", {"name": label})["name"].lower() == label.lower()]
+    changes += [(event["createdAt"], "label" not in event, rest_login(event["actor"])) for event in told]
+    return sorted(changes + [("", True, "")] * events["pageInfo"]["hasPreviousPage"], reverse=True)
 
 
 def utc(seconds: float) -> str:
@@ -757,6 +795,8 @@ class GitHub:
     def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
         self._config, self._clock, self._stop = config, clock, stop
         self._dispatch = f"/repos/{config.dispatch_repo}"
+        # https://docs.github.com/enterprise-server/graphql/guides/forming-calls-with-graphql#the-graphql-endpoint
+        self._graphql = re.sub(r"(?<=/api)/v3\Z", "", config.api_url) + "/graphql"
         self._lock = threading.Lock()
         self._not_before = self._next_write = self._renewal = 0.0
         self._limits_in_a_row, self._scarcity = 0, 1.0
@@ -772,7 +812,7 @@ class GitHub:
                 pause = self._not_before - self._clock.monotonic()
                 if pause > 0 and self._clock.wait(self._stop, pause):
                     raise Stopping
-                if method != "GET":
+                if method != "GET" and path != self._graphql:  # which is only asked
                     self._clock.wait(threading.Event(), max(0.0, self._next_write - self._clock.monotonic()))
                     self._next_write = self._clock.monotonic() + self._config.write_interval
                 response = self._send(method, path, body, etag)
@@ -828,7 +868,7 @@ class GitHub:
         data, status, headers = None, response.status_code, response.headers
         with contextlib.suppress(requests.JSONDecodeError):
             data = response.json()
-        if status >= 400:
+        if status >= 400 or (isinstance(data, dict) and data.get("errors")):
             raise refusal(method, path, status, data)
         if (response.content or (method, status) == ("GET", 200)) and not isinstance(data, dict | list):
             raise Unreachable(f"the answer to {method} {path} is not GitHub's")  # but a proxy's or a hotel's page
@@ -869,6 +909,31 @@ class GitHub:
         """The issue unless it is as it was, and the ETag to ask with next time."""
         answer = self.request("GET", f"{self._dispatch}/issues/{number}", etag=etag)
         return answer.data, answer.etag or etag
+
+    def history(self, issue: Mapping[str, Any]) -> list[Change]:
+        """Who has edited an issue, and who gave it the task label; only GraphQL tells."""
+        owner, name = self._config.dispatch_repo.split("/")
+        body = {"query": HISTORY, "variables": {"owner": owner, "name": name, "number": issue["number"]}}
+
+        def step() -> list[Change]:
+            known = self.request("POST", self._graphql, body).data["data"]["repository"]["issue"]
+            if known["updatedAt"] < issue["updated_at"]:  # a replica that lags may not know of the last edit
+                raise Unreachable(f"GraphQL shows issue {issue['number']} as it was before")
+            return read_history(known, self._config.task_label)
+
+        return patiently(step, self._clock, self._stop)
+
+    def may_write(self, login: str) -> bool:
+        """Whether a person may write to the dispatch repository; a bot's App has rights of another kind."""
+        if not login or login.endswith("[bot]"):
+            return False
+        try:
+            path = f"{self._dispatch}/collaborators/{quote(login, safe='')}/permission"
+            return self._repeat("GET", path).data["permission"] in ("admin", "write")
+        except ApiRefused as error:
+            if error.status != 404:
+                raise
+            return False
 
     def find_comment(self, number: int, marker: str) -> dict[str, Any] | None:
         pages = self._pages(f"{self._dispatch}/issues/{number}/comments?per_page={PAGE_SIZE}")
@@ -2190,6 +2255,7 @@ class Attempt:
             check_task(task, self._config)
             if self._refused:
                 raise self._refused
+            self._check_edits(task)
             log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, task.attempt, task.target_repo)
             self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}.")
             pull = self._carry_out(task)
@@ -2231,6 +2297,30 @@ class Attempt:
             over = is_wanted(issue, self._config)  # but done or failed, as the last comment says
             self.release("" if over else "It is not tried again: the issue was closed, or lost its label.")
         return None
+
+    def _check_edits(self, task: Task) -> None:
+        """Raises TaskFailed if a stranger has edited the issue and nobody who may give work has labelled it since. An
+        issue that is as it was opened costs no request."""
+        if task.issue["updated_at"] == task.issue["created_at"]:
+            return
+        may_write, author = functools.cache(self._github.may_write), task.author.lower()
+        try:
+            history = self._github.history(task.issue)
+            logins = {who for _, _, who in history if who}
+            known = {who for who in logins if who.lower() == author or self._config.allows_author(who)}
+            strange = {who for _, edit, who in history if edit} - known
+            for _, edit, who in history if strange else []:
+                trusted = who in known or may_write(who)
+                if trusted and not edit:
+                    return
+                if edit and not trusted:
+                    editor = code(who) if who else "Somebody unknown"
+                    why = f"{editor} has edited this issue, and nobody who may give work has labelled it since."
+                    again = f"Take the label {code(self._config.task_label)} off and put it on again"
+                    raise TaskFailed(why, f"{again} once you have read the issue.")
+        except ApiRefused as refused:
+            why = f"It cannot be found out who has edited this issue: {refused.why}"
+            raise TaskFailed(why, f"Open it anew. {refused.advice or ADVICE[403]}") from None
 
     def look_in(self) -> None:
         """Ends the work if the issue was closed, or lost its label, since it began."""

@@ -105,6 +105,29 @@ def test_writes_are_spaced_and_reads_are_not(world: World) -> None:
     assert client.clock.waits == [1.5, 1.5]
 
 
+def test_a_question_to_graphql_is_no_write(world: World) -> None:
+    client, number = Client(world, AGENT_WRITE_INTERVAL="1.5"), world.open()
+    issue = client.github.issue(number)
+    for run in ("a", "b"):
+        client.github.history(issue)
+        client.comment(number, run)
+        client.github.history(issue)
+    assert client.clock.waits == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("api", "graphql"),
+    [
+        ("https://api.github.com", "https://api.github.com/graphql"),
+        ("https://api.acme.ghe.com/", "https://api.acme.ghe.com/graphql"),
+        ("https://ghe.example.com/api/v3", "https://ghe.example.com/api/graphql"),
+        ("https://ghe.example.com/api/v3/", "https://ghe.example.com/api/graphql"),
+    ],
+)
+def test_graphql_has_an_address_of_its_own(world: World, api: str, graphql: str) -> None:
+    assert Client(world, GITHUB_API_URL=api).github._graphql == graphql
+
+
 def test_a_read_is_repeated_until_github_is_back(world: World, client: Client) -> None:
     number = world.open()
     world.github.faults += [Fault(status=502), Fault(status=500), Fault(drop="before")]

@@ -17,6 +17,7 @@ from runner import (
     ApiRefused,
     Config,
     GitFailed,
+    RunnerError,
     TaskFailed,
     Unreachable,
     is_limit,
@@ -142,6 +143,24 @@ def refused(status: int, data: Any) -> ApiRefused:
 def test_a_refusal_says_what_was_asked_and_answered(status: int) -> None:
     error = refused(status, {"message": "No, sorry"})
     assert error.why == f"GitHub answered {status} to POST /repos/acme/widgets/pulls: No, sorry"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"type": "NOT_FOUND"}, ApiRefused),
+        ({"type": "FORBIDDEN", "extensions": {"saml_failure": False}}, ApiRefused),
+        ({"extensions": {"code": "undefinedField"}}, ApiRefused),
+        ({"type": "RATE_LIMITED"}, Unreachable),
+        ({}, Unreachable),
+    ],
+)
+def test_an_error_of_graphql_is_a_refusal_or_a_fault_although_its_status_is_200(
+    error: dict[str, Any], kind: type[RunnerError]
+) -> None:
+    told = refusal("POST", "/graphql", 200, {"data": None, "errors": [{"message": "No, sorry", **error}]})
+    assert type(told) is kind
+    assert told.why == "GitHub answered 200 to POST /graphql: No, sorry"
 
 
 @pytest.mark.parametrize("status", [408, 500, 502, 503, 504])
