@@ -721,8 +721,6 @@ HISTORY = """query($owner: String!, $name: String!, $number: Int!) {
     } }
   } }
 }"""
-
-
 Change = tuple[str, bool, str]  # when, whether title or body was edited (or else the task label given), by whom
 
 
@@ -789,7 +787,7 @@ def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event, patien
 
 
 class GitHub:
-    """GitHub's REST API, for all threads. Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a
+    """GitHub's API, for all threads. Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a
     limit lasts. Raises ApiRefused for 4xx, Unreachable for faults, Stopping when `stop` cuts a wait short."""
 
     def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
