@@ -53,7 +53,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple, TypeVar
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import quote, quote_plus, urlencode, urljoin, urlsplit
 
 import requests
 from dotenv import dotenv_values
@@ -337,17 +337,29 @@ class Config:
                 self.tokens[:] = [*self.tokens[-9:], new]
         return (self.tokens or [Secret()])[-1]
 
+    @property
+    def secrets(self) -> tuple[tuple[str, str], ...]:
+        """What must not get out, as (variable, value): the tokens, the agent's longer values, their longer lines."""
+        named = [(name, self.env.get(name, "").strip()) for name in self.agent_env]
+        lines = [(name, line.strip()) for name, value in named for line in re.split(r"\n|\\n", value)]
+        tokens = [("GITHUB_TOKEN", form) for token in self.tokens for form in (token, git_login(token))]
+        lines = [(name, line) for name, line in lines if len(line) >= 16 and not line.startswith("-----")]
+        return *tokens, *((name, value) for name, value in named if len(value) >= 8), *lines
+
     def masked(self, text: str) -> str:
-        """The text without secrets: the tokens in both of their forms, and the longer values for the agent."""
-        secrets = [form for token in self.tokens for form in (token, git_login(token))]
-        secrets += [value for name in self.agent_env if len(value := self.env.get(name, "")) >= 12]
-        for secret in secrets:
-            text = text.replace(secret, "***")
+        """The text without secrets, in whichever form."""
+        for form in secret_forms(self.secrets):
+            text = text.replace(form, "***")
         return text
 
     def allows_author(self, login: str) -> bool:
         """Whether AGENT_ALLOWED_AUTHORS names a login, which is an App's if it ends with `[bot]`; case is ignored."""
         return login.lower() in (name.lower() for name in self.allowed_authors)
+
+    def finds_secret(self, data: bytes, before: bytes = b"") -> str:
+        """The variable whose value occurs more often in `data` than `before`, in whichever form; or ""."""
+        forms = ((name, form.encode("utf-8", "surrogateescape")) for form, name in secret_forms(self.secrets).items())
+        return next((name for name, form in forms if data.count(form) > before.count(form)), "")
 
     def allows_target(self, repo: str) -> bool:
         """Whether pull requests may go to what is named; patterns may hold `*`, case is ignored."""
@@ -360,6 +372,25 @@ def user_home() -> Path:
     with contextlib.suppress(KeyError):  # a container may run with a number that has no name
         return Path(pwd.getpwuid(os.getuid()).pw_dir)
     return Path("/")
+
+
+@functools.lru_cache(maxsize=8)
+def secret_forms(secrets: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The forms in which values get about, the longest first, and the variables that hold them."""
+    forms: dict[str, str] = {}
+    for name, value in secrets:
+        raw = value.encode("utf-8", "surrogateescape")
+        quoted = [quote(raw, safe=""), quote(raw), quote_plus(raw)]
+        found = [value, *quoted, *(re.sub(r"%..", lambda code: code[0].lower(), text) for text in quoted)]
+        found += [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
+        for shift in range(3):  # inside a longer text: less the characters that depend on what surrounds the value
+            text = base64.b64encode(bytes(shift) + raw).decode()
+            begin, end = -(-shift * 8 // 6), (shift + len(raw)) * 8 // 6
+            for part in (text[begin:end], text[begin:]):
+                found += [part, part.replace("+", "-").replace("/", "_")]
+        found += [line for line in base64.encodebytes(raw).decode().split() if len(line) >= 12]  # as programs wrap it
+        forms |= {form: name for form in found if form not in forms}
+    return dict(sorted(forms.items(), key=lambda item: -len(item[0])))
 
 
 def git_login(token: str) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
 import os
+import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 from conftest import DISPATCH, TARGET, make_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from runner import Config, ConfigError, Secret
+from runner import Config, ConfigError, Secret, git_login
 
 TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
 DEFAULTS: dict[str, tuple[str, Any]] = {
@@ -355,3 +362,81 @@ def test_two_tokens_are_one_too_many(tmp_path: Path) -> None:
 
 def test_the_agent_is_not_given_the_place_of_the_token() -> None:
     assert "AGENT_ENV must not name GITHUB_TOKEN_FILE" in problems(AGENT_ENV="GITHUB_TOKEN_FILE")
+
+
+# --------------------------------------------------------------------------------------------------
+# Secrets
+
+KEY = 's3cret/key+"1" \u00e9~!'
+PEM = "-----BEGIN KEY-----\n{}\n{}\n{}\n-----END KEY-----\n".format("MIIE+a/1" * 8, "Zb9/0+c2" * 8, "short==")
+SECRET = make_config({"GITHUB_TOKEN": TOKEN, "KEY": KEY, "PEM": PEM, "AGENT_ENV": "KEY,PEM"})
+ENCODINGS: dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "base64 for addresses": lambda text: base64.urlsafe_b64encode(text.encode()).decode(),
+    "base64 in lines": lambda text: base64.encodebytes(text.encode()).decode(),
+    "per cent": lambda text: quote(text, safe=""),
+    "per cent in small letters": lambda text: re.sub("%..", lambda code: code[0].lower(), quote(text, safe="")),
+    "per cent in a path": quote,
+    "a form": quote_plus,
+    "JSON": lambda text: json.dumps(text)[1:-1],
+    "JSON in UTF-8": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+}
+encodings = pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS.keys())
+
+
+@encodings
+@pytest.mark.parametrize(("name", "value"), [("GITHUB_TOKEN", TOKEN), ("KEY", KEY), ("PEM", PEM.strip())])
+def test_a_secret_is_masked_and_found_in_every_form(encode: Callable[[str], str], name: str, value: str) -> None:
+    told = encode(value)
+    masked = SECRET.masked(f"a {told} b")
+    assert masked.startswith("a ***")
+    assert masked.endswith(("* b", "\n b"))
+    assert all(line not in masked for line in told.split("\n") if len(line) > 20 and not line.startswith("-----"))
+    assert SECRET.finds_secret(f"a {told} b".encode()) == name
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40), st.binary(max_size=40))
+def test_a_secret_inside_a_longer_base64_text_is_masked_wherever_it_begins(before: bytes, after: bytes) -> None:
+    whole = base64.b64encode(before + TOKEN.encode() + after).decode()
+    for text in (whole, whole.replace("+", "-").replace("/", "_")):
+        assert "***" in SECRET.masked(text)
+        assert len(SECRET.masked(text)) <= len(whole) - len(TOKEN)
+        assert SECRET.finds_secret(text.encode()) == "GITHUB_TOKEN"
+
+
+def test_a_token_is_masked_whole_as_git_sends_it() -> None:
+    assert SECRET.masked(f"Basic {git_login(TOKEN)}.") == "Basic ***."
+
+
+def test_the_longer_lines_of_a_secret_are_masked_on_their_own() -> None:
+    first, *_ = PEM.split("\n")[1:]
+    assert SECRET.masked(f"1: {first}\n2: short==\n-----BEGIN KEY-----") == "1: ***\n2: short==\n-----BEGIN KEY-----"
+    inside = make_config({"KEY": json.dumps({"private_key": PEM}), "AGENT_ENV": "KEY"})
+    assert inside.masked(f"1: {first}") == "1: ***"
+
+
+def test_what_is_too_short_for_a_secret_is_left_alone() -> None:
+    config = make_config({"SHORT": "1234567", "LONG": "12345678", "UNSET": "", "AGENT_ENV": "SHORT,LONG,UNSET,MISSING"})
+    assert config.masked("1234567 12345678 0") == "1234567 *** 0"
+
+
+def test_one_secret_that_begins_like_another_leaves_no_rest() -> None:
+    config = make_config({"A": "password", "B": "password-and-more", "AGENT_ENV": "A,B"})
+    assert config.masked("password-and-more password") == "*** ***"
+
+
+def test_a_secret_that_was_there_before_is_not_found_unless_there_are_more_of_it() -> None:
+    data = f"key = {TOKEN}\n".encode()
+    assert SECRET.finds_secret(data, data) == ""
+    assert SECRET.finds_secret(b"", data) == ""
+    assert SECRET.finds_secret(data + data, data) == "GITHUB_TOKEN"
+    assert SECRET.finds_secret(b"\xff\0" + data) == "GITHUB_TOKEN"
+    assert SECRET.finds_secret(b"nothing of the kind") == ""
+
+
+def test_a_secret_that_is_no_unicode_is_found() -> None:
+    config = make_config({"KEY": "12345678\udcff", "AGENT_ENV": "KEY"})  # as os.environ gives the byte 255
+    assert config.finds_secret(b"12345678\xff") == "KEY"
+    assert config.masked("12345678\udcff") == "***"
