@@ -67,6 +67,8 @@ T = TypeVar("T")
 
 HTTP_TIMEOUT = (10, 30)  # seconds to connect, to answer; GitHub itself gives up after 10
 MAX_BODY = 65_000  # characters; GitHub refuses a comment or pull request body over 65,536
+MAX_ISSUE = 2 * 65_536  # characters of an issue's text; GitHub takes half of that
+MAX_TITLE = 1_000  # characters of its title: GitHub takes 256
 MAX_METADATA = 16_000  # characters of the metadata comment, which must fit into a body with the rest
 PAGE_SIZE = 100
 SECONDARY_LIMIT_PAUSE = 60  # seconds, doubled each time
@@ -408,14 +410,43 @@ FENCE = re.compile(  # https://spec.commonmark.org/0.31.2/#fenced-code-blocks; w
 KEY_LINE = re.compile(r"^[ \t>*_`-]*(task[ _]id|user[ _]id|target repository|target)[*_`]*:(.*)", re.I | re.M)
 INSTRUCTION_HEADING = re.compile(r"^#{1,6}[ \t]+instructions?(?:[ \t]++#*)?[ \t]*$", re.I | re.M)
 SAFE_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,64}(?<!\.)(?<!\.lock)")
-ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
-printable = functools.partial(re.compile(ESCAPES + r"|[\x00-\x08\x0b-\x1f\x7f]").sub, "")  # leaves text without these
+ESCAPES = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b(?:\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
+INVISIBLE = (  # Default_Ignorable_Code_Point less the emoji's U+FE0F, and line and annotation characters
+    r"\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0e"
+    r"\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+UNSEEN = re.compile(ESCAPES + rf"|[\x00-\x08\x0b-\x1f\x7f-\x9f{INVISIBLE}]")
+printable = functools.partial(UNSEEN.sub, "")  # leaves text without these
+# Where a comment begins outside of code, up to its end: https://spec.commonmark.org/0.31.2/#html-blocks (kind 2). What
+# is passed over first is code that people see: fences, also in lists and quotes, and code within a line. A backtick
+# without its like in the line spoils the rest of a paragraph, for what is code there is not so easily said.
+_LEAD, _NEXT = r"[ \t>*+\d.)-]*+", r"\n(?![ \t]*\n| {0,3}(?:```|~~~)|[ \t>*+\d.)-]*+<!--)"
+COMMENT = re.compile(
+    rf"{FENCE.pattern}|^(?= {{4}}|[ \t]*[\t>*+\d-]){_LEAD}(?P<nested>`{{3,}}+(?![^\n]*`)|~{{3,}}+)[^\n]*"
+    r"(?:\n(?![ \t>]*(?P=nested))(?:[ \t>][^\n]*)?)*+(?:\n[ \t>]*(?P=nested)[^\n]*)?"
+    r"|\\[!-~]|(?<!`)(?P<run>`++)[^\n|]{1,1000}?(?<!`)(?P=run)(?!`)"
+    rf"|`++(?:[^<\n]++|<(?!!--)|{_NEXT})*+"
+    rf"|^(?P<before>{_LEAD})<!--(?:-?>|[\s\S]*?(?:-->|\Z))"
+    rf"|(?P<inline><!--(?:-?>|(?:[^\n-]++|-(?!->)|{_NEXT})*+(?:-->)?))"
+)
+
+# What would act where the runner writes foreign text; a zero-width space after a match is the end of that.
+FOR_PROGRAMS = (
+    re.compile(  # GitHub's closing keywords with what may name an issue, also for who looks for them anywhere
+        r"<(?=!--)|(?:clos(?:e[sd]?)|fix(?:e[sd])?|resolv(?:e[sd]?))"
+        r"(?=(?:[^\w#]|_)++(?:#|num;|GH-\d|https?://|[\w.-]{1,39}/[\w.-]{1,100}#))",
+        re.IGNORECASE,
+    )
+)
+FOR_PEOPLE = re.compile(rf"{FENCE.pattern}|(?<![A-Za-z0-9])@(?=[A-Za-z0-9])|<(?=[A-Za-z/!?])|&(?=#|commat;|num;)")
+INDENTED_FENCE = re.compile(r"(?m)^(?=[ \t>*+\d-])[ \t>*+\d.)-]++(?=`{3,}+[^`\n]*$|~{3})")
 
 
 @dataclass(frozen=True)
 class Task:
     """One dispatch issue, understood: what `process_task` gets. `slug` is the `task_id` made safe for a branch name,
-    `base` the branch to start from or "", `context` what it is about ("issue acme/widgets#42"), `issue` its JSON."""
+    `base` the branch to start from or "", `context` what it is about ("issue acme/widgets#42"), `hidden` what was taken
+    out because nobody who reads the issue sees it ("comments: 2"), `issue` its JSON."""
 
     number: int
     dispatch_repo: str
@@ -430,6 +461,7 @@ class Task:
     base: str
     context: str
     instruction: str
+    hidden: str
     attempt: int
     issue: Mapping[str, Any] = field(repr=False)
 
@@ -458,11 +490,15 @@ def outside_fences(text: str) -> str:
 def split_metadata(text: str) -> tuple[str, dict[str, Any] | None]:
     """The text less its `agent_task_metadata` comments outside fences and the rule (`---`) that sets them off; and what
     the last valid one holds. A `-->` in JSON ends none."""
-    plain, parts, content, kept, at = outside_fences(text), [], None, 0, 0
-    while (match := METADATA_START.search(plain, at)) and (close := plain.find("-->", match.end())) >= 0:
-        start, valid, at = match.end(), False, close + len("-->")
+    plain, parts, content, kept, at, close = outside_fences(text), [], None, 0, 0, 0
+    while match := METADATA_START.search(plain, at):
+        if close < (start := match.end()) and (close := plain.find("-->", start)) < 0:
+            break
+        valid, at = False, close + len("-->")
         with contextlib.suppress(ValueError, RecursionError):
-            value, end = json.JSONDecoder().raw_decode(text, start)
+            # A slice, since an error counts the lines before it, and there may be thousands of errors.
+            value, end = json.JSONDecoder().raw_decode(text[start:])
+            end += start
             nested = text.count("{", start, end) + text.count("[", start, end)
             if nested <= 500 and (ended := re.compile(r"\s*-->").match(text, end)):
                 content, valid, at = value, True, ended.end()
@@ -484,14 +520,28 @@ def key_lines(text: str) -> dict[str, str]:
     return found
 
 
-def find_instruction(body: str, title: str) -> str:
-    """All after the `## Instruction(s)` heading, else the body, else the title; without the metadata in either form."""
-    plain = outside_fences(body)
+def without_comments(text: str) -> tuple[str, int]:
+    """The text without the HTML comments that GitHub does not show, and their number. One that begins a line and never
+    ends hides all that follows."""
+    count = 0
+
+    def shown(match: re.Match[str]) -> str:
+        nonlocal count
+        hides = match["before"] is not None or (match["inline"] or "").endswith("-->")
+        count += hides
+        return (match["before"] or "") if hides else match[0]
+
+    return COMMENT.sub(shown, text), count
+
+
+def find_instruction(text: str, title: str) -> str:
+    """All after the `## Instruction(s)` heading, else the text without the lines of metadata, else the title."""
+    plain = outside_fences(text)
     if heading := INSTRUCTION_HEADING.search(plain):
-        return split_metadata(body[heading.end() :])[0]
-    lines = zip(body.split("\n"), plain.split("\n"), strict=True)
-    kept = "\n".join(line for line, seen in lines if key_lines(seen).keys() <= {"target"})
-    return split_metadata(kept)[0] or title
+        return text[heading.end() :].strip()
+    found = [match for match in KEY_LINE.finditer(plain) if match[1].lower() != "target"]
+    begins, ends = [0, *(match.end() + 1 for match in found)], [*(match.start() for match in found), len(text)]
+    return "".join(text[begin:end] for begin, end in zip(begins, ends, strict=True)).strip() or title
 
 
 def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config: Config) -> str:
@@ -516,14 +566,17 @@ def encodable(text: object) -> str:
 
 def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Task:
     """An issue, as GitHub gives it, as a task. Never fails: `check_task` says what is wrong."""
-    body = encodable(issue.get("body")).replace("\r\n", "\n")
-    title = " ".join(encodable(issue.get("title")).split())
+    body, metadata = split_metadata(re.sub(r"\r\n?", "\n", encodable(issue.get("body"))[:MAX_ISSUE]))
+    text, comments = without_comments(body)
+    title, in_title = UNSEEN.subn("", encodable(issue.get("title"))[:MAX_TITLE])
+    title = " ".join(title.split())
     login = str((issue.get("user") or {}).get("login") or "")
     # https://docs.github.com/graphql/reference/enums#commentauthorassociation
     trusted = config.allows_author(login) or issue.get("author_association") in ("OWNER", "MEMBER", "COLLABORATOR")
-    lines = key_lines(body) if trusted else {}
-    metadata = split_metadata(body)[1] if trusted else None
-    if metadata is None:
+    lines = key_lines(text) if trusted else {}
+    text, in_text = UNSEEN.subn("", text)
+    hidden = {"invisible characters": in_text + in_title, "comments": comments}
+    if metadata is None or not trusted:
         metadata = {key: lines[key] for key in ("task_id", "user_id") if lines.get(key)}
     if metadata.get("task_id") in (None, "") or isinstance(metadata["task_id"], dict | list):
         metadata = {**metadata, "task_id": f"issue-{issue['number']}"}
@@ -539,8 +592,9 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
         metadata=metadata,
         target_repo=choose_target(metadata, lines, config),
         base=str(metadata.get("base") or ""),
-        context=lines.get("target", ""),
-        instruction=find_instruction(body, title),
+        context=printable(lines.get("target", "")),
+        instruction=find_instruction(text, title),
+        hidden=", ".join(f"{what}: {count}" for what, count in hidden.items() if count),
         attempt=attempt,
         issue=issue,
     )
@@ -549,7 +603,7 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
 def is_branch_name(name: str) -> bool:
     """Whether git takes this as a branch name: https://git-scm.com/docs/git-check-ref-format"""
     bad = r"[\s~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|\Z)|\A(?:@|HEAD)\Z|\A[-./]|[./]\Z"
-    return 0 < len(name) <= 200 and name.isprintable() and not re.search(bad, name)
+    return 0 < len(name) <= 200 and name.isprintable() and not re.search(bad, name) and not UNSEEN.search(name)
 
 
 def claim_repo(task: Task, config: Config) -> str:
@@ -570,6 +624,8 @@ def check_task(task: Task, config: Config) -> None:
         raise TaskFailed(f"The base {code(task.base)} is not a valid branch name.")
     if len(metadata_comment(task.metadata)) > MAX_METADATA:
         raise TaskFailed(f"The metadata is longer than {MAX_METADATA:,} characters.")
+    if len(str(task.issue.get("body"))) > MAX_ISSUE:
+        raise TaskFailed(f"The issue's text is longer than {MAX_ISSUE:,} characters.")
     if not task.instruction:
         raise TaskFailed("The instruction is empty.", "Write what is to be done below `## Instructions`.")
 
@@ -586,14 +642,20 @@ def step_marker(run: str, step: str) -> str:
     return f"<!-- agent-runner run={run} step={step} -->"
 
 
+def defused(text: str) -> str:
+    """Foreign text without what programs find in code too: comments, and words that close issues."""
+    return FOR_PROGRAMS.sub("\\g<0>\u200b", text)
+
+
 def code(text: str) -> str:
     """Foreign text as inline code that it cannot break out of."""
-    shown = printable(" ".join(encodable(text).split())).replace("`", "'")[:200]
-    return f"`{shown}`" if shown else "(nothing)"
+    shown = " ".join(printable(encodable(text)).split()).replace("`", "'")[:200]
+    return f"`{defused(shown)}`" if shown else "(nothing)"
 
 
 def fenced(text: str) -> str:
-    """The text in a code fence that is longer than any run of backticks in it."""
+    """Foreign text in a code fence that is longer than any run of backticks in it."""
+    text = defused(printable(text))
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
@@ -614,9 +676,12 @@ def folded_output(output: str) -> str:
 
 
 def harmless(markdown: str, limit: int = 4_000) -> str:
-    """Foreign Markdown, cut to a limit, without comments that hide or forge, and with its fences closed."""
-    short = re.sub(r"(`{200})`+|(~{200})~+", r"\1\2", printable(markdown).replace("<!--", "&lt;!--"))
-    text = cut(short.strip(), limit - 200)
+    """Foreign Markdown, cut to a limit: its fences closed, and taken out of lists, so that it is plain where they end;
+    and with a zero-width space in what would hide, forge, call people or close issues."""
+    text = re.sub(r"(`{200})`+|(~{200})~+", r"\1\2", printable(re.sub(r"\r\n?", "\n", markdown)))
+    text = INDENTED_FENCE.sub(lambda match: match[0].rstrip() + "\n" * bool(match[0].strip()), text.strip())
+    text = FOR_PEOPLE.sub(lambda match: match[0] + "\u200b" * (match["mark"] is None), text)
+    text = cut(defused(text), limit - 200)
     return "\n".join([text, *(fence["mark"] for fence in FENCE.finditer(text) if fence["close"] is None)])
 
 
@@ -652,14 +717,16 @@ def pull_title(task: Task) -> str:
     return title if len(title) <= 256 else title[:255] + "…"
 
 
-def pull_body(task: Task, base: str, summary: str, stat: str, run: str) -> str:
-    """The pull request's text. The metadata comes first: the back end takes the first comment."""
+def pull_body(task: Task, base: str, summary: str, stat: str, run: str, output: str = "") -> str:
+    """The pull request's text. The metadata comes first: the back end takes the first comment. The output stands in for
+    a summary."""
     rows = {"Task": code(task.task_id), "Dispatch issue": task.reference, "Asked for by": code(task.author)}
     rows |= {"Base": code(base), "Attempt": str(task.attempt)}
     head = metadata_comment(task.metadata)
     changes = "### Changes\n\n" + fenced(cut(stat.rstrip("\n"), 8_000))
     tail = blocks(changes, table(rows), f"Fixes {task.reference}", step_marker(run, "pull"))
-    return blocks(head, harmless(summary, MAX_BODY - len(head) - len(tail) - 100), tail)
+    told = harmless(summary, MAX_BODY - len(head) - len(tail) - 100) or folded_output(output)
+    return blocks(head, told, tail)
 
 
 def commit_message(task: Task, run: str) -> str:
@@ -2115,6 +2182,8 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     reach = {"write": [place.path, tmp], "read": [file, work.checkout.lenders[0] / "objects"]}
     order = make_order(config, command, place.path, env, stdin, log_file, timeout=config.task_timeout, **reach)
     done = run_supervised(config, order, work.stop)
+    # Before it is made harmless, which may change a secret so that it is not known any more.
+    done = done._replace(out=config.masked(done.out))
     log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
     log.info("issue=%d task=%s the agent's output is in %s", task.number, task.slug, log_file)
     advice = "Ask for less at a time, or let the runner's owner raise {}."
@@ -2127,7 +2196,7 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     if done.late:
         why = "The disk filled up while the agent ran." if done.late == "disk" else "The agent was ended from outside."
         raise TaskRetry(why, advice.format("AGENT_DISK_BUDGET_MB"), done.out)
-    return done, read_regular(summary)
+    return done, config.masked(read_regular(summary))
 
 
 def process_command(work: Work) -> tuple[str, str]:
@@ -2137,7 +2206,7 @@ def process_command(work: Work) -> tuple[str, str]:
     if done.code:
         how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"
         raise TaskFailed(f"The agent ended with {how}.", output=done.out)
-    return summary.strip() or folded_output(done.out), done.out
+    return summary, done.out
 
 
 def read_regular(path: Path) -> str:
@@ -2281,9 +2350,7 @@ class Attempt:
             self.claim.release()  # nothing has been done yet
             raise
         try:
-            check_task(task, self._config)
-            if self._refused:
-                raise self._refused
+            self._check(task)
             self._check_edits(task)
             log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, task.attempt, task.target_repo)
             self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}.")
@@ -2305,6 +2372,14 @@ class Attempt:
         self._close(task, "done", f"Done: {pull['html_url']}", rows)
         log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
         return "done"
+
+    def _check(self, task: Task) -> None:
+        """Logs what of the issue is not passed on. Raises TaskFailed for a task that must not or cannot be run."""
+        if task.hidden:
+            log.warning("issue=%d not passed on, for nobody sees it: %s", self.number, task.hidden)
+        check_task(task, self._config)
+        if self._refused:
+            raise self._refused
 
     def _read_again(self) -> dict[str, Any] | None:
         """The issue as it is now, if it is still queued: a list can be old. If not, what is left of an earlier run is
@@ -2378,15 +2453,17 @@ class Attempt:
             unfinished = old and patiently(lambda: mirror.sound(lambda: self._unfinished(task, mirror, old)))
             if unfinished:
                 commit = patiently(lambda: mirror.sound(fetch))
-                summary, stat = "", diffstat(self._git, mirror.path, commit, old)
+                summary, output, stat = "", "", diffstat(self._git, mirror.path, commit, old)
             else:
-                summary, stat = self._publish(task, mirror, base, fetch, old)
-        text = pull_body(task, base, summary, stat, self._run)
+                summary, output, stat = self._publish(task, mirror, base, fetch, old)
+        text = pull_body(task, base, summary, stat, self._run, output)
         wanted = {"title": pull_title(task), "head": task.branch, "base": base, "body": text}
         return self._github.open_pull(task.target_repo, wanted, step_marker(self._run, "pull"), bool(old))
 
-    def _publish(self, task: Task, mirror: Mirror, base: str, fetch: Callable[[], str], old: str) -> tuple[str, str]:
-        """Runs `process_task` and pushes what it changed; its summary, and what it changed."""
+    def _publish(
+        self, task: Task, mirror: Mirror, base: str, fetch: Callable[[], str], old: str
+    ) -> tuple[str, str, str]:
+        """Runs `process_task` and pushes what it changed; its summary, its output, and what it changed."""
         if self.claim.attempt > self._config.max_attempts:
             raise TaskFailed(
                 f"The runner broke off {self.claim.attempt - 1} attempts at this task; its log may say why."
@@ -2407,7 +2484,7 @@ class Attempt:
             log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
             stat = diffstat(self._git, checkout.git_dir, checkout.workspace.commit, made)
             self.claim.renew({f"refs/heads/{task.branch}": (old, made)}, checkout.git_dir)
-            return summary, stat
+            return summary, output, stat
         finally:
             remove_tree(checkout.folder)
 

@@ -24,6 +24,7 @@ from runner import (
     metadata_comment,
     outside_fences,
     parse_task,
+    printable,
     pull_body,
     safe_slug,
     split_metadata,
@@ -161,7 +162,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "comment of another name": (
         'Do it. <!-- agent_task_metadata_v2 {"task_id": "a"} -->',
-        {"task_id": "issue-7", "instruction": 'Do it. <!-- agent_task_metadata_v2 {"task_id": "a"} -->'},
+        {"task_id": "issue-7", "instruction": "Do it.", "hidden": "comments: 1"},
     ),
     "singular heading and target line": (
         '## Instruction\n\nDo it.\n\nTarget Repository: acme/gadgets\n\n<!-- agent_task_metadata {"task_id": 5} -->',
@@ -239,7 +240,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "task_id: abc\r\nuser_id: u1\r\n\r\nDo it.\r\n",
         {"metadata": {"task_id": "abc", "user_id": "u1"}, "instruction": "Do it."},
     ),
-    "instruction with all of Markdown": (backend_body(LONG), {"metadata": METADATA, "instruction": LONG}),
+    "instruction with all of Markdown": (
+        backend_body(LONG),
+        {"metadata": METADATA, "instruction": LONG.replace("<!-- and a remark -->", "")},
+    ),
     "metadata in a code fence": (backend_body(QUOTED), {"metadata": METADATA, "instruction": QUOTED}),
     "metadata in a fence of tildes": (backend_body(TILDES), {"metadata": METADATA, "instruction": TILDES}),
     "metadata in a code fence only": (QUOTED, {"task_id": "issue-7", "instruction": QUOTED}),
@@ -666,17 +670,19 @@ def test_no_body_makes_the_parser_fail(body: str, title: str) -> None:
     task.instruction.encode()
 
 
-def has_metadata_of_its_own(text: str) -> bool:
-    return "agent_task_metadata" in text.lower()
+def as_it_is_seen(text: str) -> str:
+    """What is left of a text without comments."""
+    return printable(re.sub("\r\n?", "\n", text))
 
 
 @relaxed
-@given(odd_text.filter(lambda text: not has_metadata_of_its_own(text) and not FENCE.search(text)), metadatas)
+@given(odd_text.filter(lambda text: "<!--" not in text and not FENCE.search(text)), metadatas)
 @example("```x```\nA line of code, then a fence:\n\n    ```", {})
+@example("Two\rlines", {})
 def test_an_instruction_comes_back_as_it_was_written(instruction: str, metadata: dict[str, Any]) -> None:
     metadata = {**metadata, "task_id": "t"}
     task = parse(backend_body(instruction, metadata))
-    assert task.instruction == instruction.replace("\0", "").replace("\r\n", "\n").strip()
+    assert task.instruction == as_it_is_seen(instruction.strip()).strip()
     assert task.metadata == metadata
 
 
@@ -686,7 +692,7 @@ def test_an_instruction_in_a_fence_comes_back_whole(code: str) -> None:
     ticks = "`" * (3 + code.count("`"))
     instruction = f"Do this:\n\n{ticks}html\n{code}\n{ticks}"
     task = parse(backend_body(instruction))
-    assert task.instruction == instruction.replace("\0", "").replace("\r\n", "\n")
+    assert task.instruction == as_it_is_seen(instruction)
     assert task.metadata == METADATA
 
 
