@@ -632,8 +632,8 @@ def check_task(task: Task, config: Config) -> None:
 
 def metadata_comment(metadata: Mapping[str, Any]) -> str:
     """The hidden comment that the back end finds by `<!--\\s*agent_task_metadata\\s+(.*?)\\s*-->` and reads as JSON. So
-    no `-->` may occur inside: `<` and `>` can stand only in JSON strings, where an escape does."""
-    text = json.dumps(metadata).replace("<", "\\u003c").replace(">", "\\u003e")
+    no `-->` and no `fixes #1` may occur inside: such characters stand only in JSON strings, where an escape does."""
+    text = re.sub("[<>#]", lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(metadata))
     return f"<!-- agent_task_metadata {text} -->"
 
 

@@ -25,9 +25,7 @@ from runner import (
     outside_fences,
     parse_task,
     printable,
-    pull_body,
     safe_slug,
-    split_metadata,
 )
 
 CONFIG = make_config({"AGENT_ALLOWED_TARGETS": f"{TARGET},acme/gadgets"})
@@ -526,75 +524,6 @@ def test_every_task_id_makes_a_branch_that_git_takes(task_id: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Hostile bodies. Sixty-four thousand characters are what GitHub lets in.
-
-HOSTILE = {
-    "blanks": " ",
-    "ideographic blanks": "\u3000",
-    "tabs": "\t",
-    "line ends": "\n",
-    "carriage returns": "\r",
-    "comment starts": "<!--",
-    "comment starts and blanks": "<!-- ",
-    "comment ends": "-->",
-    "metadata starts": "<!-- agent_task_metadata {",
-    "metadata ends": "<!-- agent_task_metadata -->",
-    "metadata": OTHER,
-    "backticks": "`",
-    "fences": "```\n",
-    "fences of tildes": "~~~\n````\n",
-    "stars": "*",
-    "stars and blanks": "* ",
-    "dashes": "-",
-    "rules": "---\n",
-    "hashes": "#",
-    "headings": "## Instructions\n",
-    "headings and blanks": "## Instructions ",
-    "task lines": "**Task ID:** `a`\n",
-    "target lines": "Target: a/",
-    "lists": "[",
-    "objects": '{"a":',
-    "quotes": '"',
-    "NUL": "\0",
-    "half a character": "\ud83d",
-    "escapes": "\x1b[",
-}
-FRAMES = {
-    "": ("", ""),
-    "in a comment": ("<!-- agent_task_metadata ", " -->"),
-    "in a string": ('<!-- agent_task_metadata {"task_id": "', '"} -->'),
-    "after a comment start": ("<!--", "x"),
-    "after a heading": ("## Instructions", "x"),
-    "below a heading": ("## Instructions\n", "\n---\n"),
-    "in a line": ("**Task ID:**", "x"),
-    "in a target": ("Target: ", "x"),
-}
-
-
-@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES.keys())
-@pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_body_is_read_without_a_fault(piece: str, frame: tuple[str, str]) -> None:
-    body = frame[0] + piece * (64_000 // len(piece)) + frame[1]
-    task = parse(body, title=body)
-    assert len(task.instruction) <= len(body)
-    task.instruction.encode()
-    task = dataclasses.replace(task, metadata=METADATA)
-    assert read_back(pull_body(task, "main", task.instruction, body, "run")) == METADATA
-
-
-@pytest.mark.parametrize("value", ["[" * 30_000, "9" * 60_000, '{"a":' * 10_000, "1e999999", "NaN", '"\\ud800"'])
-def test_hostile_json_is_read_without_a_fault(value: str) -> None:
-    task = parse(f'Do it.\n<!-- agent_task_metadata {{"task_id": "a", "more": {value}}} -->')
-    assert task.instruction == "Do it."
-    assert task.task_id in ("a", "issue-7")
-
-
-def test_what_files_and_arguments_cannot_hold_is_taken_out() -> None:
-    task = parse("Do\0 it \ud800.", title="A\0 title \udfff")
-    assert (task.instruction, task.title) == ("Do it ?.", "A title ?")
-
-
-# --------------------------------------------------------------------------------------------------
 # Properties
 
 PIECES = [
@@ -637,42 +566,9 @@ values = st.recursive(scalars, nested, max_leaves=6)
 metadatas = st.dictionaries(odd_text, values, max_size=5)
 
 
-@relaxed
-@given(metadatas)
-def test_metadata_is_read_back_as_it_came_in(metadata: dict[str, Any]) -> None:
-    comment = metadata_comment(metadata)
-    assert read_back(comment) == metadata
-    assert READ_BACK.sub("", comment) == ""
-
-
-@relaxed
-@given(metadatas, odd_text, odd_text, odd_text)
-def test_no_summary_can_forge_the_metadata_of_a_pull_request(
-    metadata: dict[str, Any], summary: str, stat: str, base: str
-) -> None:
-    task = dataclasses.replace(parse(backend_body()), metadata=metadata, task_id=summary, author=base)
-    body = pull_body(task, base, summary + OTHER, stat + OTHER, "run")
-    assert read_back(body) == metadata
-
-
-@relaxed
-@given(metadatas)
-def test_the_runner_reads_its_own_metadata(metadata: dict[str, Any]) -> None:
-    assert split_metadata(metadata_comment(metadata)) == ("", metadata)
-
-
-@relaxed
-@given(odd_text, odd_text)
-@example("<!-- agent_task_metadata {", "")
-def test_no_body_makes_the_parser_fail(body: str, title: str) -> None:
-    task = parse(body, title=title)
-    assert task.metadata["task_id"] not in (None, "")
-    task.instruction.encode()
-
-
 def as_it_is_seen(text: str) -> str:
     """What is left of a text without comments."""
-    return printable(re.sub("\r\n?", "\n", text))
+    return printable(re.sub("\r\n?", "\n", text.replace("\0", "")))
 
 
 @relaxed
