@@ -1432,14 +1432,36 @@ def lock_file(path: Path, how: int = fcntl.LOCK_EX) -> IO[str] | None:
     return None
 
 
+def walk(
+    *folders: Path, without: str = "", missed: Callable[[OSError], None] = log.debug
+) -> Iterator[os.DirEntry[str]]:
+    """All that folders hold, however deep, unlike `os.walk`; it enters no links, and no folders of the name `without`."""
+    pending = list(map(str, folders))
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as found:
+                entries = list(found)
+        except OSError as error:
+            missed(error)
+            continue
+        for entry in entries:
+            yield entry
+            if entry.name != without and entry.is_dir(follow_symlinks=False):
+                pending.append(entry.path)
+
+
 def remove_tree(folder: Path) -> None:
-    """Deletes a folder, also what an agent made unreadable."""
-    inside = (Path(path, name) for path, folders, _ in os.walk(folder) for name in folders)
-    for path in itertools.chain([folder], inside):  # what is made readable is walked next
+    """Deletes a folder, also what an agent made unreadable, or deeper than Python can go."""
+    if folder.is_symlink():
+        folder.unlink()
+    inside = (entry.path for entry in walk(folder) if entry.is_dir(follow_symlinks=False))
+    for path in itertools.chain([str(folder)], inside):  # what is made readable is walked next
         with contextlib.suppress(OSError):
-            if not path.is_symlink():
-                path.chmod(stat.S_IRWXU)
-    shutil.rmtree(folder, ignore_errors=True)
+            os.chmod(path, stat.S_IRWXU)
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        run_process(["rm", "-rf", "--", str(folder)], Path("/"), {"PATH": os.defpath}, GIT_TIMEOUT)
 
 
 def take_folder(work: Path) -> tuple[Path, IO[str]]:
@@ -1457,10 +1479,9 @@ def take_folder(work: Path) -> tuple[Path, IO[str]]:
 def disk_usage(*folders: Path) -> int:
     """Bytes that folders take up."""
     used = 0
-    for path, _, files in itertools.chain.from_iterable(map(os.walk, folders)):
-        for name in files:
-            with contextlib.suppress(OSError):  # deleted meanwhile
-                used += os.lstat(os.path.join(path, name)).st_blocks * 512
+    for entry in walk(*folders):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            used += entry.stat(follow_symlinks=False).st_blocks * 512
     return used
 
 

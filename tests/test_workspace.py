@@ -13,7 +13,7 @@ import pytest
 from conftest import TARGET, World
 from standin import Fault
 
-from runner import Checkout, Config, Git, Mirror, RefMoved, TaskFailed, Unreachable, diffstat, remove_tree
+from runner import Checkout, Config, Git, Mirror, RefMoved, TaskFailed, Unreachable, diffstat, disk_usage, remove_tree
 
 MAIN = "refs/heads/main"
 BRANCH = "refs/heads/agent-task-1"
@@ -312,6 +312,34 @@ def test_what_the_agent_made_unreadable_is_deleted(place: Place) -> None:
     remove_tree(place.checkout.folder)
     assert not place.checkout.folder.exists()
     assert outside.stat().st_mode & 0o777 == 0o500
+
+
+def make_deep(folder: Path, levels: int) -> None:
+    """Folders in folders, more than a path can name."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+
+
+def test_what_is_deeper_than_python_can_go_is_counted_and_deleted(place: Place) -> None:
+    make_deep(place.path, 3000)
+    assert disk_usage(place.checkout.folder) > 0
+    remove_tree(place.checkout.folder)
+    assert not place.checkout.folder.exists()
+
+
+def test_a_link_in_place_of_a_folder_is_deleted_and_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "kept/folder/file", "x")
+    (tmp_path / "kept/folder").chmod(0o500)
+    (tmp_path / "link").symlink_to("kept")
+    remove_tree(tmp_path / "link")
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "kept/folder").stat().st_mode & 0o777 == 0o500
+    assert (tmp_path / "kept/folder/file").exists()
 
 
 def test_a_commit_that_the_mirror_has_is_not_fetched_again(world: World, place: Place) -> None:
