@@ -126,6 +126,10 @@ class TaskFailed(RunnerError):
     """This task cannot be done, now or later; the issue is told why."""
 
 
+class Refused(TaskFailed):
+    """The task asks for, or brings, what this runner does not allow."""
+
+
 class ApiRefused(TaskFailed):
     """GitHub answered 4xx: asking again would bring the same answer."""
 
@@ -612,22 +616,22 @@ def claim_repo(task: Task, config: Config) -> str:
 
 
 def check_task(task: Task, config: Config) -> None:
-    """Raises TaskFailed for a task that must not or cannot be run."""
+    """Raises Refused for a task that must not or cannot be run."""
     owner = "the runner's owner can"
     if not task.trusted:
         advice = f"An owner, member or collaborator can open the issue, or {owner} set AGENT_ALLOWED_AUTHORS."
-        raise TaskFailed(f"{code(task.author)} may not give work to this runner.", advice)
+        raise Refused(f"{code(task.author)} may not give work to this runner.", advice)
     if not config.allows_target(task.target_repo):
         advice = f"Name another target, or {owner} add it to AGENT_ALLOWED_TARGETS."
-        raise TaskFailed(f"This runner may not change the repository {code(task.target_repo)}.", advice)
+        raise Refused(f"This runner may not change the repository {code(task.target_repo)}.", advice)
     if task.base and not is_branch_name(task.base):
-        raise TaskFailed(f"The base {code(task.base)} is not a valid branch name.")
+        raise Refused(f"The base {code(task.base)} is not a valid branch name.")
     if len(metadata_comment(task.metadata)) > MAX_METADATA:
-        raise TaskFailed(f"The metadata is longer than {MAX_METADATA:,} characters.")
+        raise Refused(f"The metadata is longer than {MAX_METADATA:,} characters.")
     if len(str(task.issue.get("body"))) > MAX_ISSUE:
-        raise TaskFailed(f"The issue's text is longer than {MAX_ISSUE:,} characters.")
+        raise Refused(f"The issue's text is longer than {MAX_ISSUE:,} characters.")
     if not task.instruction:
-        raise TaskFailed("The instruction is empty.", "Write what is to be done below `## Instructions`.")
+        raise Refused("The instruction is empty.", "Write what is to be done below `## Instructions`.")
 
 
 def metadata_comment(metadata: Mapping[str, Any]) -> str:
@@ -1304,6 +1308,8 @@ def end_processes(find: Callable[[], set[int]], rounds: int = 1000) -> None:
 GIT_SETTINGS = {
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
+    "core.protectHFS": "true",  # no names that are `.git` on a Mac
+    "core.protectNTFS": "true",  # or on Windows
     "core.quotePath": "false",
     "gc.auto": "0",
     "http.followRedirects": "false",
@@ -1317,6 +1323,7 @@ GIT_ENV = {
     "LC_ALL": "C",  # its messages are read
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_NO_REPLACE_OBJECTS": "1",
 }
 CHECKOUT_CONFIG = "[core]\nrepositoryformatversion = 0\nbare = false\n[user]\nname = agent\nemail = agent@localhost\n"
 GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.I)
@@ -1435,7 +1442,7 @@ def lock_file(path: Path, how: int = fcntl.LOCK_EX) -> IO[str] | None:
 def walk(
     *folders: Path, without: str = "", missed: Callable[[OSError], None] = log.debug
 ) -> Iterator[os.DirEntry[str]]:
-    """All that folders hold, however deep, unlike `os.walk`; it enters no links, and no folders of the name `without`."""
+    """All that folders hold, however deep, unlike `os.walk`. Enters no links, and no folders of the name `without`."""
     pending = list(map(str, folders))
     while pending:
         try:
@@ -1583,6 +1590,35 @@ class Workspace:
     commit: str
 
 
+GIT_READS = (".gitignore", ".gitattributes", ".gitmodules")  # also before it adds them
+WORKFLOWS = re.compile(r"\.github(/workflows(/.*)?)?", re.IGNORECASE | re.DOTALL)  # or a file or link in their place
+
+
+def refuse_more_than_allowed(count: int, size: int, config: Config) -> None:
+    """Raises Refused for a change of too many files or bytes."""
+    smaller = "Ask for a smaller change, or let the runner's owner raise the limit."
+    if count > config.max_changed_files:
+        raise Refused(f"{count:,} files were changed; AGENT_MAX_CHANGED_FILES allows fewer.", smaller)
+    if size > config.max_changed_bytes:
+        raise Refused(f"The changed files hold {size:,} bytes; AGENT_MAX_CHANGED_BYTES allows fewer.", smaller)
+
+
+def is_small_file(path: str) -> bool:
+    """Whether git, which reads it as a whole, also through a link, finds a file of 1 MB at most; or nothing."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size <= 10**6)
+    return True
+
+
+def leads_out(top: Path, link: str) -> bool:
+    """Whether a link leads out of the files below `top`, or to a `.git`: as it reads, or as the system follows it."""
+    target = os.readlink(top / link)
+    reads = os.path.normpath(os.path.join(os.path.dirname(link), target))
+    leads = os.path.relpath(os.path.realpath(top / link), os.path.realpath(top))
+    return os.path.isabs(target) or not {"..", ".git"}.isdisjoint(f"{reads}/{leads}".lower().split("/"))
+
+
 class Checkout:
     """One task's folder: the agent's workspace, and the repository that the runner commits with. `lenders` are the
     repositories whose objects it may use; the agent may use those of the first."""
@@ -1591,6 +1627,7 @@ class Checkout:
         self._git, self.lenders = git, lenders
         self.folder, self.git_dir = folder, folder / "git"
         self.workspace = Workspace(folder / "tree", base, commit)
+        self._index, self._index_time = b"", 0
 
     def fill(self, branch: str) -> None:
         """Checks out the files; takes time with their number, not with the history's length."""
@@ -1601,14 +1638,25 @@ class Checkout:
         (self.folder / "tmp").mkdir()
         self.run("read-tree", "--reset", "-u", self.workspace.commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
+        index = self.git_dir / "index"
+        self._index, self._index_time = index.read_bytes(), index.stat().st_mtime_ns
+
+    def _renew(self) -> None:
+        """Makes the runner's repository anew, without what was written there meanwhile. The index keeps its time: files
+        that are as old as it git compares by content."""
+        remove_tree(self.git_dir)
+        write_repository(self.git_dir, self.lenders)
+        (self.git_dir / "index").write_bytes(self._index)
+        os.utime(self.git_dir / "index", ns=(self._index_time, self._index_time))
 
     def commit(self, message: str, config: Config) -> str:
         """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
         if self.workspace.path.is_symlink():
-            raise TaskFailed("The workspace was replaced by a link.")
-        write_repository(self.git_dir, self.lenders)  # as it was, whatever has been written there meanwhile
-        self._refuse_nested_repositories()
+            raise Refused("The workspace was replaced by a link.")
+        self._renew()
         try:
+            self._refuse_what_git_must_not_meet()
+            self._refuse_what_is_too_much(config)
             self.run("add", "--all", ".")
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
@@ -1620,38 +1668,59 @@ class Checkout:
         env = {f"GIT_{role}_{key}": who[key] for role in ("AUTHOR", "COMMITTER") for key in who}
         return self.run("commit-tree", tree, "-p", base, "-F", "-", stdin=message.encode(), env=env).strip()
 
-    def _refuse_nested_repositories(self) -> None:
-        """Before `git add`, which would read their configuration, and that can name programs to run."""
-        top = self.workspace.path
-        found = [path for path, folders, files in os.walk(top) if ".git" in (*folders, *files)]
-        nested = [os.path.relpath(path, top) for path in found if path != str(top)]
-        ignored: set[str] = set()
-        if nested:
-            names = "\0".join(nested).encode("utf-8", "surrogateescape")
+    def _refuse_what_git_must_not_meet(self) -> None:
+        """Before git looks: what would make it run programs, wait or skip files. What is ignored does not matter."""
+        tree, odd = self.workspace.path, dict[str, str]()
+        for entry in walk(tree, without=".git", missed=lambda e: odd.update({e.filename: "cannot be read"})):
+            if entry.name == ".git" and os.path.dirname(entry.path) != str(tree):
+                odd[os.path.dirname(entry.path)] = "is a git repository of its own, which cannot be committed"
+            elif entry.name in GIT_READS and not is_small_file(entry.path):
+                raise Refused(f"{code(os.path.relpath(entry.path, tree))} is not a file that git should read.")
+            elif not (entry.is_symlink() or entry.is_file() or entry.is_dir()):
+                odd[entry.path] = "is a pipe, a socket or a device, which cannot be committed"
+        found = {f"./{os.path.relpath(path, tree)}": what for path, what in odd.items()}  # a name may begin with `:`
+        names, ignored = "\0".join(found).encode("utf-8", "surrogateescape"), set[str]()
+        if found:
             with contextlib.suppress(GitFailed):  # status 1: none of them
                 ignored = set(self.run("check-ignore", "-z", "--stdin", stdin=names).split("\0"))
-        if refused := [path for path in nested if path not in ignored]:
-            raise TaskFailed(f"{code(refused[0])} is a git repository of its own, which cannot be committed.")
+        if refused := [path for path in found if path not in ignored]:
+            raise Refused(f"{code(refused[0][2:])} {found[refused[0]]}.")
+
+    def _refuse_what_is_too_much(self, config: Config) -> None:
+        """Looks at the files that `git add` would read, and reads none. What was only touched does not count."""
+        listed = self.run("diff-files", "--raw", "-z", "--ignore-submodules=all").split("\0")
+        touched = {path: raw.split()[2] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
+        sizes = self.run("cat-file", "--batch-check=%(objectsize)", stdin="\n".join(touched.values()).encode())
+        before = dict(zip(touched, sizes.split(), strict=True))
+        new = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
+        count = size = 0
+        for path in (*touched, *new):
+            file, now = self.workspace.path / path, 0
+            with contextlib.suppress(OSError):  # it is not there any more
+                now = file.lstat().st_size
+                if not file.is_symlink() and not os.access(file, os.R_OK):
+                    raise Refused(f"{code(path)} cannot be read.")
+            if before.get(path) != str(now):
+                count, size = count + 1, size + now
+        refuse_more_than_allowed(count, size, config)
 
     def _check_changes(self, config: Config) -> None:
-        """Refuses what a pull request must not bring: too much, workflows, links that lead out."""
-        listed = self.run("diff-index", "--cached", "--raw", "--no-renames", "-z", self.workspace.commit).split("\0")
-        modes = {path: raw.split()[1] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
-        files = [path for path, mode in modes.items() if mode in ("100644", "100755")]
+        """Refuses what a pull request must not bring: too much, workflows, submodules, links that lead out."""
+        options = ("--cached", "--raw", "--no-renames", "--ignore-submodules=none", "-z")
+        listed = self.run("diff-index", *options, self.workspace.commit).split("\0")
+        changes = {path: raw[1:].split() for raw, path in zip(listed[::2], listed[1::2], strict=False)}
+        files = [path for path, (_, mode, *_) in changes.items() if mode in ("100644", "100755")]
         top = self.workspace.path
-        smaller = "Ask for a smaller change, or let the runner's owner raise the limit."
-        if (count := len(modes)) > config.max_changed_files:
-            raise TaskFailed(f"{count:,} files were changed; AGENT_MAX_CHANGED_FILES allows fewer.", smaller)
-        if (size := sum((top / path).stat().st_size for path in files)) > config.max_changed_bytes:
-            raise TaskFailed(f"The changed files hold {size:,} bytes; AGENT_MAX_CHANGED_BYTES allows fewer.", smaller)
-        for path, mode in modes.items():
-            if path.lower().startswith(".github/workflows/") and not config.allow_workflows:
+        refuse_more_than_allowed(len(changes), sum((top / path).stat().st_size for path in files), config)
+        for path, (old_mode, mode, *_) in changes.items():
+            if WORKFLOWS.fullmatch(path) and not config.allow_workflows:
                 advice = "The runner's owner can allow that with AGENT_ALLOW_WORKFLOWS."
-                raise TaskFailed(f"{code(path)} is a workflow; this runner may not change them.", advice)
-            if mode == "120000":
-                leads_to = Path(os.path.realpath(top / path))
-                if (top / path).readlink().is_absolute() or not leads_to.is_relative_to(os.path.realpath(top)):
-                    raise TaskFailed(f"{code(path)} is a link that leads out of the repository.")
+                raise Refused(f"{code(path)} is a workflow; this runner may not change them.", advice)
+            # A reviewer sees neither what a submodule brings, nor that another address brings something else.
+            if "160000" in (old_mode, mode) or path.lower() == ".gitmodules":
+                raise Refused(f"{code(path)} is or describes a submodule; this runner does not change them.")
+            if mode == "120000" and leads_out(top, path):
+                raise Refused(f"{code(path)} is a link that leads out of the repository.")
 
     def run(self, *command: str, **options: Any) -> str:
         """What git prints, with the runner's repository and the agent's files."""
