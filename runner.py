@@ -87,11 +87,13 @@ NOWHERE = Path(os.devnull)
 OUTPUT_LINES = 50  # lines of it that are shown
 _ABOUT = ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")
 AGENT_SIDE = [*(f"AGENT_TASK_{name}" for name in _ABOUT), "AGENT_SUMMARY_FILE"]  # the agent's own variables
-PROGRAM = [
-    sys.executable,
-    str(Path(__file__).absolute()),
-]  # with "--plugin" `serve_plugin`, with "--supervise" `supervise`
+PROGRAM = [sys.executable, str(Path(__file__).absolute())]  # itself, once more: to supervise, or to serve a plug-in
 PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
+DROPPINGS = (  # that agents and interpreters leave behind; the rest of .claude and .codex may be wanted
+    ".aider*,.claude/*.local.json,.claude/*.lock,.claude/worktrees/,/.codex,!/.codex/,.opencode/node_modules/,"
+    ".opencode/package*.json,.opencode/bun.lock,.crush/,gemini-debug.log,.gemini-clipboard/,"
+    "__pycache__/,*.pyc,.pytest_cache/,.mypy_cache/,.ruff_cache/,.DS_Store"
+)
 LABELS = {  # what becomes of a task: colour and description, should the repository lack the label
     "processing": ("fbca04", "The agent runner is working on this issue"),
     "done": ("0e8a16", "The agent runner has opened a pull request for this issue"),
@@ -221,6 +223,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+_patterns = _must("be patterns as in .gitignore, with commas, on one line", str.isprintable, _names)
+
+
 def _plugin(text: str) -> str:
     """A built-in's name or a plug-in's place; a file's path is made absolute."""
     place, _, function = text.rpartition(":")
@@ -273,6 +278,7 @@ class Config:
     agent_env: tuple[str, ...] = _variable("AGENT_ENV", _names)
     max_changed_files: int = _variable("AGENT_MAX_CHANGED_FILES", _count, "1000")
     max_changed_bytes: int = _variable("AGENT_MAX_CHANGED_BYTES", _count, "10000000")
+    ignore: tuple[str, ...] = _variable("AGENT_IGNORE", _patterns, DROPPINGS)
     allow_workflows: bool = _variable("AGENT_ALLOW_WORKFLOWS", _flag, "no")
     commit_name: str = _variable("AGENT_COMMIT_NAME", str, "agent-runner")
     commit_email: str = _variable("AGENT_COMMIT_EMAIL", str)
@@ -1492,7 +1498,9 @@ def disk_usage(*folders: Path) -> int:
     return used
 
 
-def write_repository(path: Path, lenders: Sequence[Path] = (), branch: str = "none", commit: str = "") -> None:
+def write_repository(
+    path: Path, lenders: Sequence[Path] = (), branch: str = "none", commit: str = "", ignore: Sequence[str] = ()
+) -> None:
     """What `git init` would make, with other repositories' objects lent: https://git-scm.com/docs/gitrepository-layout"""
     for folder in ("objects/info", "objects/pack", "refs/heads", "info"):
         (path / folder).mkdir(parents=True, exist_ok=True)
@@ -1501,6 +1509,7 @@ def write_repository(path: Path, lenders: Sequence[Path] = (), branch: str = "no
     (path / "objects/info/alternates").write_text("".join(f"{lender / 'objects'}\n" for lender in lenders))
     if commit:
         (path / "refs/heads" / branch).write_text(f"{commit}\n")
+    (path / "info/exclude").write_text("".join(f"{pattern}\n" for pattern in ignore), "utf-8")
     # Files come and go byte for byte: what the target's .gitattributes say would change some that nobody touched.
     (path / "info/attributes").write_text("* -text !eol -ident -filter !working-tree-encoding\n")
 
@@ -1621,10 +1630,13 @@ def leads_out(top: Path, link: str) -> bool:
 
 class Checkout:
     """One task's folder: the agent's workspace, and the repository that the runner commits with. `lenders` are the
-    repositories whose objects it may use; the agent may use those of the first."""
+    repositories whose objects it may use; the agent may use those of the first. New files that match `ignore` do not
+    count."""
 
-    def __init__(self, git: Git, lenders: Sequence[Path], folder: Path, base: str, commit: str) -> None:
-        self._git, self.lenders = git, lenders
+    def __init__(
+        self, git: Git, lenders: Sequence[Path], folder: Path, base: str, commit: str, ignore: Sequence[str]
+    ) -> None:
+        self._git, self.lenders, self._ignore = git, lenders, ignore
         self.folder, self.git_dir = folder, folder / "git"
         self.workspace = Workspace(folder / "tree", base, commit)
         self._index, self._index_time = b"", 0
@@ -1633,8 +1645,8 @@ class Checkout:
         """Checks out the files; takes time with their number, not with the history's length."""
         remove_tree(self.folder)
         throw_away = self.workspace.path / ".git"
-        write_repository(self.git_dir, self.lenders)
-        write_repository(throw_away, self.lenders[:1], branch, self.workspace.commit)
+        write_repository(self.git_dir, self.lenders, ignore=self._ignore)
+        write_repository(throw_away, self.lenders[:1], branch, self.workspace.commit, self._ignore)
         (self.folder / "tmp").mkdir()
         self.run("read-tree", "--reset", "-u", self.workspace.commit)
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
@@ -1645,7 +1657,7 @@ class Checkout:
         """Makes the runner's repository anew, without what was written there meanwhile. The index keeps its time: files
         that are as old as it git compares by content."""
         remove_tree(self.git_dir)
-        write_repository(self.git_dir, self.lenders)
+        write_repository(self.git_dir, self.lenders, ignore=self._ignore)
         (self.git_dir / "index").write_bytes(self._index)
         os.utime(self.git_dir / "index", ns=(self._index_time, self._index_time))
 
@@ -1661,6 +1673,7 @@ class Checkout:
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
         self._check_changes(config)
+        self._refuse_secrets(config)
         tree, base = self.run("write-tree").strip(), self.workspace.commit
         if tree == self.run("rev-parse", f"{base}^{{tree}}").strip():
             return ""
@@ -1704,11 +1717,15 @@ class Checkout:
                 count, size = count + 1, size + now
         refuse_more_than_allowed(count, size, config)
 
-    def _check_changes(self, config: Config) -> None:
-        """Refuses what a pull request must not bring: too much, workflows, submodules, links that lead out."""
+    def _changes(self) -> dict[str, list[str]]:
+        """What has changed, by path: both modes, both objects and git's letter for how."""
         options = ("--cached", "--raw", "--no-renames", "--ignore-submodules=none", "-z")
         listed = self.run("diff-index", *options, self.workspace.commit).split("\0")
-        changes = {path: raw[1:].split() for raw, path in zip(listed[::2], listed[1::2], strict=False)}
+        return {path: raw[1:].split() for raw, path in zip(listed[::2], listed[1::2], strict=False)}
+
+    def _check_changes(self, config: Config) -> None:
+        """Refuses what a pull request must not bring: too much, workflows, submodules, links that lead out."""
+        changes = self._changes()
         files = [path for path, (_, mode, *_) in changes.items() if mode in ("100644", "100755")]
         top = self.workspace.path
         refuse_more_than_allowed(len(changes), sum((top / path).stat().st_size for path in files), config)
@@ -1721,6 +1738,23 @@ class Checkout:
                 raise Refused(f"{code(path)} is or describes a submodule; this runner does not change them.")
             if mode == "120000" and leads_out(top, path):
                 raise Refused(f"{code(path)} is a link that leads out of the repository.")
+
+    def _refuse_secrets(self, config: Config) -> None:
+        """Refuses what brings one of the runner's secrets: in a file, its name or a link. All is searched at once: only
+        if there is something git is asked for each file, and for what it was."""
+
+        def whole(path: str, *blobs: str) -> bytes:
+            held = self.run("cat-file", "--batch", stdin="\n".join(blobs).encode()) if blobs else ""
+            return f"{path}\0{held}".encode("utf-8", "surrogateescape")
+
+        changes = {path: row for path, row in self._changes().items() if row[4] != "D"}
+        if not config.finds_secret(whole("\0".join(changes), *(row[3] for row in changes.values()))):
+            return
+        for path, (_, _, old, new, how) in changes.items():
+            if name := config.finds_secret(whole(path, new), b"" if how == "A" else whole(path, old)):
+                where = "A file's name" if config.finds_secret(whole(path)) else code(path)
+                advice = "The runner's owner should replace it if anybody else can have seen it."
+                raise Refused(f"{where} holds the secret in {name}, which must not be published.", advice)
 
     def run(self, *command: str, **options: Any) -> str:
         """What git prints, with the runner's repository and the agent's files."""
@@ -2561,7 +2595,7 @@ class Attempt:
 
         def fill() -> Checkout:
             lenders, folder = (mirror.path, self.claim.path), self.claim.path.parent / "run"
-            checkout = Checkout(self._git, lenders, folder, base, fetch())
+            checkout = Checkout(self._git, lenders, folder, base, fetch(), self._config.ignore)
             checkout.fill(task.branch)
             return checkout
 

@@ -15,7 +15,7 @@ from conftest import PATCH, TARGET, World
 from test_workspace import Place, make_deep, spy, write
 
 import runner
-from runner import Refused, TaskFailed
+from runner import Refused, TaskFailed, remove_tree
 
 
 @pytest.fixture
@@ -127,6 +127,7 @@ def test_a_link_to_what_cannot_be_read_is_a_link(place: Place, monkeypatch: pyte
 def test_folders_that_are_deeper_than_a_path_can_name_are_refused(place: Place) -> None:
     make_deep(place.path, 3000)
     refused(place, "cannot be read")
+    remove_tree(place.checkout.folder)  # pytest cannot
 
 
 def test_a_repository_whose_name_looks_like_a_pattern_is_refused(world: World) -> None:
@@ -289,6 +290,133 @@ def test_a_mode_is_kept_and_no_other_than_two(place: Place) -> None:
     listed = place.git("ls-tree", place.commit(), git_dir=place.checkout.git_dir)
     modes = {line.split("\t")[1]: line.split()[0] for line in listed.splitlines()}
     assert (modes["tool"], modes["plain"], modes["mine"]) == ("100755", "100644", "100755")
+
+
+# -- what is left out ------------------------------------------------------------------------------
+
+LEFT_BEHIND = [
+    ".aider.chat.history.md",
+    ".aider.tags.cache.v4/cache.db",
+    ".claude/settings.local.json",
+    ".claude/scheduled_tasks.lock",
+    ".claude/worktrees/one/README.md",
+    ".codex",
+    ".opencode/node_modules/plugin/index.js",
+    ".opencode/package.json",
+    ".opencode/package-lock.json",
+    ".opencode/bun.lock",
+    ".crush/crush.db",
+    "gemini-debug.log",
+    ".gemini-clipboard/image.png",
+    "src/__pycache__/app.cpython-311.pyc",
+    "src/old.pyc",
+    ".pytest_cache/v/cache/lastfailed",
+    ".mypy_cache/cache.json",
+    ".ruff_cache/CACHEDIR.TAG",
+    "src/.DS_Store",
+]
+
+
+def test_what_agents_leave_behind_is_left_out(place: Place) -> None:
+    for name in LEFT_BEHIND:
+        write(place.path / name, "x")
+    assert place.agents_git("status", "--short") == ""
+    assert place.commit() == ""
+    for name in (".claude/settings.json", ".opencode/agent/review.md", "CLAUDE.md", "src/aider.py"):
+        write(place.path / name, "x")
+    new = ["A .claude/settings.json", "A .opencode/agent/review.md", "A CLAUDE.md", "A src/aider.py"]
+    assert place.changed() == new
+
+
+def test_a_folder_with_codexs_settings_is_no_dropping(place: Place) -> None:
+    write(place.path / ".codex/config.toml", "x")
+    assert place.changed() == ["A .codex/config.toml"]
+
+
+def test_what_the_target_has_already_is_not_left_out(world: World) -> None:
+    world.github.commit(TARGET, {".claude/settings.local.json": "{}\n", "src/kept.pyc": "x"})
+    place = Place(world)
+    write(place.path / ".claude/settings.local.json", "changed\n")
+    (place.path / "src/kept.pyc").unlink()
+    assert place.changed() == ["D src/kept.pyc", "M .claude/settings.local.json"]
+
+
+def test_what_is_left_out_can_be_set(world: World) -> None:
+    place = Place(world, AGENT_IGNORE="*.log,!keep.log,/build/")
+    for name in ("a.log", "keep.log", "build/x", "src/build/x", "new.pyc"):
+        write(place.path / name, "x")
+    assert place.agents_git("status", "--short", "-uall") == "?? keep.log\n?? new.pyc\n?? src/build/x\n"
+    assert place.changed() == ["A keep.log", "A new.pyc", "A src/build/x"]
+
+
+def test_a_worktree_that_an_agent_left_does_not_stand_in_the_way(place: Place) -> None:
+    place.agents_git("worktree", "add", "--quiet", ".claude/worktrees/one")
+    write(place.path / "new.txt", "x")
+    assert place.changed() == ["A new.txt"]
+
+
+# -- secrets ---------------------------------------------------------------------------------------
+
+KEY = "s3cret-model-key"
+
+
+def secretive(world: World) -> Place:
+    """A checkout by a runner with a secret for the agent."""
+    return Place(world, MODEL_KEY=KEY, AGENT_ENV="MODEL_KEY")
+
+
+SECRETS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "in a new file": (lambda path: write(path / "new.txt", f"key = {KEY}\n"), "`new.txt` holds"),
+    "in a changed file": (lambda path: write(path / "src/app.py", f"print('{KEY}')\n"), "`src/app.py` holds"),
+    "among bytes": (lambda path: (path / "b.bin").write_bytes(b"\xff\0" + KEY.encode() + b"\0\xff"), "`b.bin` holds"),
+    "in a name": (lambda path: write(path / f"a/{KEY}.txt", "x"), "A file's name holds"),
+    "where a link leads": (lambda path: (path / "link").symlink_to(f"src/{KEY}"), "`link` holds"),
+}
+
+
+@pytest.mark.parametrize("case", SECRETS)
+def test_a_secret_is_not_published(world: World, case: str) -> None:
+    place = secretive(world)
+    write(place.path / "innocent.txt", "x")
+    bring, told = SECRETS[case]
+    bring(place.path)
+    with pytest.raises(Refused, match=f"{told} the secret in MODEL_KEY") as found:
+        place.commit()
+    assert KEY not in found.value.told
+
+
+def test_the_token_is_not_published(place: Place) -> None:
+    write(place.path / "new.txt", f"x{place.config.token}x")
+    refused(place, "`new.txt` holds the secret in GITHUB_TOKEN")
+
+
+def test_a_secret_that_was_there_before_does_not_matter_unless_there_is_more_of_it(world: World) -> None:
+    world.github.commit(TARGET, {"key.txt": f"{KEY}\n", f"{KEY}.txt": "x"})
+    place = secretive(world)
+    write(place.path / "key.txt", f"# known: {KEY}\n")
+    write(place.path / f"{KEY}.txt", "y")
+    (place.path / "src/app.py").unlink()
+    assert place.changed() == ["D src/app.py", "M key.txt", f"M {KEY}.txt"]
+    write(place.path / "key.txt", f"{KEY}\n{KEY}\n")
+    refused(place, "`key.txt` holds the secret in MODEL_KEY")
+
+
+def test_a_secret_may_be_taken_out(world: World) -> None:
+    world.github.commit(TARGET, {"key.txt": f"{KEY}\n", "other.txt": f"{KEY}\n"})
+    place = secretive(world)
+    write(place.path / "key.txt", "none\n")
+    (place.path / "other.txt").unlink()
+    assert place.changed() == ["D other.txt", "M key.txt"]
+
+
+def test_a_secret_in_a_change_fails_the_task_and_is_told_without_it(world: World) -> None:
+    world.open("Do harm.")
+    tells = "text = os.environ['MODEL_KEY']; write('new.txt', text); print(text)"
+    world.run_once(AGENT_COMMAND=harmful_agent(world, tells), MODEL_KEY=KEY, AGENT_ENV="MODEL_KEY")
+    assert world.labels() == ["agent-failed", "copilot-agent"]
+    assert "`new.txt` holds the secret in MODEL_KEY" in world.last_comment()
+    assert KEY not in "".join(comment.body for comment in world.issue().comments)
+    assert world.github.git(TARGET, "for-each-ref", "--format=%(refname)") == "refs/heads/main"
 
 
 # -- whole tasks with an agent that means harm -----------------------------------------------------

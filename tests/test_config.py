@@ -18,7 +18,7 @@ from conftest import DISPATCH, TARGET, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import Config, ConfigError, Secret, git_login
+from runner import DROPPINGS, Config, ConfigError, Secret, git_login
 
 TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
 DEFAULTS: dict[str, tuple[str, Any]] = {
@@ -55,6 +55,7 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "AGENT_ENV": ("agent_env", ()),
     "AGENT_MAX_CHANGED_FILES": ("max_changed_files", 1000),
     "AGENT_MAX_CHANGED_BYTES": ("max_changed_bytes", 10_000_000),
+    "AGENT_IGNORE": ("ignore", tuple(DROPPINGS.split(","))),
     "AGENT_ALLOW_WORKFLOWS": ("allow_workflows", False),
     "AGENT_COMMIT_NAME": ("commit_name", "agent-runner"),
     "AGENT_COMMIT_EMAIL": ("commit_email", "agent-runner@noreply.github.com"),
@@ -100,6 +101,8 @@ BAD = [
     ("AGENT_WRITE_INTERVAL", "-0.1", "0 or more"),
     ("AGENT_MAX_CHANGED_FILES", "many", "whole number"),
     ("AGENT_MAX_CHANGED_BYTES", "10MB", "whole number"),
+    ("AGENT_IGNORE", "*.log\n!*.txt", "on one line"),
+    ("AGENT_IGNORE", "a\0b", "on one line"),
     ("AGENT_SHELL", "maybe", "yes or no"),
     ("AGENT_ALLOW_WORKFLOWS", "2", "yes or no"),
     ("AGENT_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING, ERROR"),
@@ -171,6 +174,8 @@ def test_an_empty_variable_counts_as_unset(name: str, value: str) -> None:
         ("AGENT_ENV", "OPENAI_API_KEY, LANG", "agent_env", ("OPENAI_API_KEY", "LANG")),
         ("AGENT_MAX_CHANGED_FILES", "5", "max_changed_files", 5),
         ("AGENT_MAX_CHANGED_BYTES", "1", "max_changed_bytes", 1),
+        ("AGENT_IGNORE", "*.log, !keep.log", "ignore", ("*.log", "!keep.log")),
+        ("AGENT_IGNORE", ",", "ignore", ()),
         ("AGENT_COMMIT_NAME", "The Agent", "commit_name", "The Agent"),
         ("AGENT_COMMIT_EMAIL", "agent@example.org", "commit_email", "agent@example.org"),
         ("AGENT_LOG_LEVEL", "debug", "log_level", "DEBUG"),

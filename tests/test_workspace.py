@@ -28,7 +28,7 @@ class Place:
         self.mirror = Mirror(self.git, self.config, TARGET)
         commit = self.mirror.fetch(MAIN, self.git.refs(TARGET, MAIN)[1][MAIN])
         folder = self.config.state_dir / "work" / name
-        self.checkout = Checkout(self.git, [self.mirror.path], folder, "main", commit)
+        self.checkout = Checkout(self.git, [self.mirror.path], folder, "main", commit, self.config.ignore)
         self.checkout.fill("agent-task-1")
         self.path = self.checkout.workspace.path
 
