@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import difflib
 import email.utils
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -207,6 +208,16 @@ def _number(low: int) -> Callable[[str], Any]:
     return _must(f"be a number, {low} or more", lambda text: low <= float(text) <= 10**9, float)
 
 
+def _log_file(text: str) -> Path | None:
+    if not text:
+        return None
+    try:
+        append(Path(text), b"")
+    except OSError as error:
+        raise ValueError(f"names the file {text!r}, which cannot be written to: {error.strerror}") from None
+    return Path(text).absolute()
+
+
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _repo = _must("look like owner/repository", REPO_NAME.fullmatch)
@@ -244,6 +255,7 @@ class Config:
 
     env: Mapping[str, str] = field(repr=False)
     tokens: list[Secret] = field(repr=False)  # that were in use lately, the newest last
+    unaudited: Counter[str] = field(repr=False)  # the events that AGENT_AUDIT_LOG lacks while it cannot be written to
     first_token: Secret = _variable("GITHUB_TOKEN", _token)
     token_file: Path | None = _variable("GITHUB_TOKEN_FILE", _token_file)
     api_url: str = _variable("GITHUB_API_URL", _url, "https://api.github.com")
@@ -283,11 +295,12 @@ class Config:
     commit_name: str = _variable("AGENT_COMMIT_NAME", str, "agent-runner")
     commit_email: str = _variable("AGENT_COMMIT_EMAIL", str)
     log_level: str = _variable("AGENT_LOG_LEVEL", _level, "INFO")
+    audit_log: Path | None = _variable("AGENT_AUDIT_LOG", _log_file)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """Reads every variable; ConfigError names all bad ones. Empty is unset: Compose hands on `NAME=${NAME:-}`."""
-        values: dict[str, Any] = {"env": dict(env), "tokens": []}
+        values: dict[str, Any] = {"env": dict(env), "tokens": [], "unaudited": Counter()}
         problems = []
         for name, spec in cls.variables().items():
             parse, default = spec.metadata["parse"], spec.metadata["default"]
@@ -408,6 +421,51 @@ def secret_forms(secrets: tuple[tuple[str, str], ...]) -> dict[str, str]:
 def git_login(token: str) -> str:
     """A token in the form in which git sends it."""
     return base64.b64encode(f"x-access-token:{token}".encode()).decode()
+
+
+# -- The audit log: what was done to GitHub, and by whom it was asked for. --------------------------
+
+
+def append(path: Path, line: bytes) -> None:
+    """Adds to a file, with one write. It is opened each time, so it may be moved away or deleted at any time."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    try:
+        if os.write(file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(file)
+
+
+def audit(config: Config, event: str, **facts: Any) -> None:
+    """Writes a line to AGENT_AUDIT_LOG, if there is one. The work does not hang on it."""
+    if not config.audit_log:
+        return
+    shown = {key: config.masked(value) if isinstance(value, str) else value for key, value in facts.items()}
+    line = config.masked(json.dumps({"time": utc(time.time()), "event": event, **shown})) + "\n"
+    try:
+        append(config.audit_log, (f"\n{line}" if config.unaudited else line).encode())  # the last one may lack its end
+    except OSError as error:
+        if not config.unaudited:
+            log.error("AGENT_AUDIT_LOG cannot be written to: %s", error.strerror)
+        config.unaudited[event] += 1
+        return
+    if config.unaudited:
+        log.warning("AGENT_AUDIT_LOG can be written to again; it lacks %d events", config.unaudited.total())
+        config.unaudited.clear()
+
+
+@contextlib.contextmanager
+def audited(config: Config, event: str, **facts: Any) -> Iterator[dict[str, Any]]:
+    """Audits what is done within once it is over, with what is added to the facts: its outcome, unless it is "done"."""
+    begun = time.monotonic()
+    facts["outcome"] = "done"
+    try:
+        yield facts
+    except BaseException as error:
+        facts["outcome"] = str(error) or type(error).__name__
+        raise
+    finally:
+        audit(config, event, **facts, seconds=round(time.monotonic() - begun, 1))
 
 
 # -- The task: from an issue to a value, and on to text. Pure functions, in time linear in the text.
@@ -940,10 +998,15 @@ class GitHub:
         for _ in range(4):
             if urlsplit(url)[:2] != urlsplit(self._config.api_url)[:2]:
                 raise ApiRefused(f"{method} {path} leads to another host, {urlsplit(url).netloc}")
+            status = 0
             try:
                 response = self._session.request(method, url, json=body, **options)
+                status = response.status_code
             except requests.RequestException as error:
                 raise Unreachable(f"no answer to {method} {path}: {root_cause(error)}") from error
+            finally:
+                if method != "GET":
+                    audit(self._config, "write", method=method, path=urlsplit(url).path, status=status)
             log.debug("%s %s -> %d", method, url, response.status_code)
             if response.status_code not in (301, 302, 307, 308):
                 return response
@@ -1389,16 +1452,17 @@ class Git:
         leases = [f"--force-with-lease={ref}:{old}" for ref, (old, _) in moves.items()]
         command = ["push", "--porcelain", "--atomic", *leases, self.url(repo)]
         command += [f"{new}:{ref}" for ref, (_, new) in moves.items()]
-        try:
-            self(*command, git_dir=git_dir, remote=repo, timeout=timeout)
-        except RunnerError:
-            there = self.refs(repo, *moves)[1]
-            if all(there.get(ref, "") == new for ref, (_, new) in moves.items()):
-                return
-            for ref, (old, _) in moves.items():
-                if there.get(ref, "") != old:
-                    raise RefMoved(repo, ref, there.get(ref, "")) from None
-            raise
+        with audited(self._config, "push", repo=repo, refs=moves):
+            try:
+                self(*command, git_dir=git_dir, remote=repo, timeout=timeout)
+            except RunnerError:
+                there = self.refs(repo, *moves)[1]
+                if all(there.get(ref, "") == new for ref, (_, new) in moves.items()):
+                    return
+                for ref, (old, _) in moves.items():
+                    if there.get(ref, "") != old:
+                        raise RefMoved(repo, ref, there.get(ref, "")) from None
+                raise
 
 
 REMOTE_FAILURES = {  # what git says: what it means, and what to do
@@ -2305,22 +2369,31 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     env = {**dict(zip(AGENT_SIDE, map(encodable, about), strict=True)), "TMPDIR": str(tmp)}
     reach = {"write": [place.path, tmp], "read": [file, work.checkout.lenders[0] / "objects"]}
     order = make_order(config, command, place.path, env, stdin, log_file, timeout=config.task_timeout, **reach)
-    done = run_supervised(config, order, work.stop)
+    facts = {"issue": task.reference, "repo": task.target_repo, "program": Path(command[0]).name}
+    audit(config, "agent started", **facts)
+    with audited(config, "agent ended", **facts) as end:
+        done = run_supervised(config, order, work.stop)
+        end["outcome"] = done.late or f"status {done.code}"
     # Before it is made harmless, which may change a secret so that it is not known any more.
     done = done._replace(out=config.masked(done.out))
     log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
     log.info("issue=%d task=%s the agent's output is in %s", task.number, task.slug, log_file)
+    if done.late:
+        raise early_end(done, config)
+    return done, config.masked(read_regular(summary))
+
+
+def early_end(done: Finished, config: Config) -> RunnerError:
+    """What it means for the task that its agent had to be ended."""
     advice = "Ask for less at a time, or let the runner's owner raise {}."
     if done.late == "timeout":
         why = f"The agent ran out of time ({duration(config.task_timeout)})."
-        raise TaskFailed(why, advice.format("AGENT_TASK_TIMEOUT"), done.out)
+        return TaskFailed(why, advice.format("AGENT_TASK_TIMEOUT"), done.out)
     if done.late == "stall":
         why = f"The agent printed nothing for {duration(config.stall_seconds)}."
-        raise TaskFailed(why, advice.format("AGENT_STALL_SECONDS"), done.out)
-    if done.late:
-        why = "The disk filled up while the agent ran." if done.late == "disk" else "The agent was ended from outside."
-        raise TaskRetry(why, advice.format("AGENT_DISK_BUDGET_MB"), done.out)
-    return done, config.masked(read_regular(summary))
+        return TaskFailed(why, advice.format("AGENT_STALL_SECONDS"), done.out)
+    why = "The disk filled up while the agent ran." if done.late == "disk" else "The agent was ended from outside."
+    return TaskRetry(why, advice.format("AGENT_DISK_BUDGET_MB"), done.out)
 
 
 def process_command(work: Work) -> tuple[str, str]:
@@ -2636,6 +2709,8 @@ class Attempt:
 
     def _failed(self, task: Task, failure: TaskFailed) -> str:
         log.warning("issue=%d task=%s failed: %s", self.number, task.slug, failure.why)
+        if isinstance(failure, Refused):
+            audit(self._config, "refused", issue=task.reference, author=task.author, reason=failure.why)
         again = f"To run it again, take the label {code(self._config.failed_label)} off this issue."
         text = blocks(f"**Failed.** {harmless(failure.why)}", harmless(failure.advice), again)
         self._close(task, "failed", text, {}, failure.output)

@@ -60,6 +60,7 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "AGENT_COMMIT_NAME": ("commit_name", "agent-runner"),
     "AGENT_COMMIT_EMAIL": ("commit_email", "agent-runner@noreply.github.com"),
     "AGENT_LOG_LEVEL": ("log_level", "INFO"),
+    "AGENT_AUDIT_LOG": ("audit_log", None),
 }
 BAD = [
     ("GITHUB_TOKEN", "two words", "blanks"),
@@ -106,6 +107,9 @@ BAD = [
     ("AGENT_SHELL", "maybe", "yes or no"),
     ("AGENT_ALLOW_WORKFLOWS", "2", "yes or no"),
     ("AGENT_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING, ERROR"),
+    ("AGENT_AUDIT_LOG", "/nonexistent/audit.jsonl", "cannot be written to: No such file or directory"),
+    ("AGENT_AUDIT_LOG", "/proc/audit.jsonl", "cannot be written to"),
+    ("AGENT_AUDIT_LOG", "/tmp", "cannot be written to: Is a directory"),
     ("AGENT_PROCESS_TASK", "magic", "package.module:function"),
     ("AGENT_PROCESS_TASK", ":run", "package.module:function"),
     ("AGENT_PROCESS_TASK", "module:not a name", "package.module:function"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import signal
 import subprocess
@@ -321,6 +322,25 @@ def test_the_readmes_pull_request_is_what_its_issue_brings(yours: World) -> None
     yours.run_once()
     (pull,) = yours.github.pulls("you/project")
     assert normal(pull.body or "", yours) == normal(pull_body.rstrip("\n"), yours)
+
+
+def test_the_readmes_audit_log_is_what_its_story_brings(yours: World) -> None:
+    (sample,) = fences(README, "json")
+    file = yours.folder / "audit.jsonl"
+    yours.github.open_issue("you/tasks", title="Greet", body="Do it.")
+    yours.github.open_issue("you/tasks", title="Harm", body="Do it.", author="mallory", association="NONE")
+    yours.run_once(AGENT_AUDIT_LOG=str(file), AGENT_COMMAND="cp /proc/uptime new.txt")
+    written, real = ([json.loads(line) for line in text.splitlines()] for text in (sample, read(file)))
+    assert {line["event"] for line in real} == {line["event"] for line in written}
+    assert {name.strip("`") for name in table(README, "Event")} == {line["event"] for line in real}
+
+    def shape(line: dict[str, Any]) -> str:
+        """The line, less what differs from run to run."""
+        path = line.get("path", "").removeprefix("/api/v3")
+        line = line | {"time": "TIME", "seconds": 0} | ({"path": path} if path else {})
+        return re.sub(r"[0-9a-f]{40}", "COMMIT", json.dumps(line))
+
+    assert {*map(shape, written)} <= {*map(shape, real)}
 
 
 # Files that other programs read.
