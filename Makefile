@@ -1,6 +1,7 @@
 # make demo    see the whole story on this machine, without an account
 # make test    run the tests
-# make lint    check style and types
+# make lint    check style, types and what is known to be unsafe
+# make audit   ask PyPI for known holes in the packages that runner.py needs
 # make race    run the tests with many runners at one queue
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make clean   remove what these made
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TASKS := 2000
 
-.PHONY: demo test race lint soak clean
+.PHONY: demo test race lint audit soak clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
@@ -26,6 +27,12 @@ lint: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r ./runner.py ./bench
+	$(BIN)/bandit -q -c pyproject.toml -s B105,B106 -r ./tests  # the tokens there are none
+
+# Without --strict it passes when PyPI says nothing about a package.
+audit: .venv/development
+	$(BIN)/pip-audit --strict --progress-spinner off -r requirements.txt
 
 soak: .venv/development
 	PYTHONPATH=tests $(BIN)/python bench/soak.py $(TASKS)

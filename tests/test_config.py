@@ -109,7 +109,7 @@ BAD = [
     ("AGENT_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING, ERROR"),
     ("AGENT_AUDIT_LOG", "/nonexistent/audit.jsonl", "cannot be written to: No such file or directory"),
     ("AGENT_AUDIT_LOG", "/proc/audit.jsonl", "cannot be written to"),
-    ("AGENT_AUDIT_LOG", "/tmp", "cannot be written to: Is a directory"),
+    ("AGENT_AUDIT_LOG", "/", "cannot be written to: Is a directory"),
     ("AGENT_PROCESS_TASK", "magic", "package.module:function"),
     ("AGENT_PROCESS_TASK", ":run", "package.module:function"),
     ("AGENT_PROCESS_TASK", "module:not a name", "package.module:function"),
