@@ -23,12 +23,13 @@ test: .venv/development
 race: .venv/development
 	$(BIN)/python -m pytest -m race
 
+# What looks like a password in tests is none.
 lint: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/bandit -q -c pyproject.toml -r ./runner.py ./bench
-	$(BIN)/bandit -q -c pyproject.toml -s B105,B106 -r ./tests  # the tokens there are none
+	$(BIN)/bandit -q -c pyproject.toml -s B105,B106 -r ./tests
 
 # Without --strict it passes when PyPI says nothing about a package.
 audit: .venv/development
