@@ -1392,7 +1392,6 @@ GIT_ENV = {
     "LC_ALL": "C",  # its messages are read
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_NO_REPLACE_OBJECTS": "1",
 }
 CHECKOUT_CONFIG = "[core]\nrepositoryformatversion = 0\nbare = false\n[user]\nname = agent\nemail = agent@localhost\n"
 GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.I)
@@ -1677,10 +1676,10 @@ def refuse_more_than_allowed(count: int, size: int, config: Config) -> None:
 
 
 def is_small_file(path: str) -> bool:
-    """Whether git, which reads it as a whole, also through a link, finds a file of 1 MB at most; or nothing."""
+    """Whether git, which reads it as a whole, also through a link, finds a file of 10 MB at most, or none."""
     with contextlib.suppress(OSError):
         found = os.stat(path)
-        return stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size <= 10**6)
+        return stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size <= 10**7)
     return True
 
 
@@ -1736,8 +1735,9 @@ class Checkout:
             self.run("add", "--all", ".")
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
-        self._check_changes(config)
-        self._refuse_secrets(config)
+        changes = self._changes()
+        self._check_changes(changes, config)
+        self._refuse_secrets(changes, config)
         tree, base = self.run("write-tree").strip(), self.workspace.commit
         if tree == self.run("rev-parse", f"{base}^{{tree}}").strip():
             return ""
@@ -1787,9 +1787,8 @@ class Checkout:
         listed = self.run("diff-index", *options, self.workspace.commit).split("\0")
         return {path: raw[1:].split() for raw, path in zip(listed[::2], listed[1::2], strict=False)}
 
-    def _check_changes(self, config: Config) -> None:
+    def _check_changes(self, changes: Mapping[str, list[str]], config: Config) -> None:
         """Refuses what a pull request must not bring: too much, workflows, submodules, links that lead out."""
-        changes = self._changes()
         files = [path for path, (_, mode, *_) in changes.items() if mode in ("100644", "100755")]
         top = self.workspace.path
         refuse_more_than_allowed(len(changes), sum((top / path).stat().st_size for path in files), config)
@@ -1803,7 +1802,7 @@ class Checkout:
             if mode == "120000" and leads_out(top, path):
                 raise Refused(f"{code(path)} is a link that leads out of the repository.")
 
-    def _refuse_secrets(self, config: Config) -> None:
+    def _refuse_secrets(self, changes: Mapping[str, list[str]], config: Config) -> None:
         """Refuses what brings one of the runner's secrets: in a file, its name or a link. All is searched at once: only
         if there is something git is asked for each file, and for what it was."""
 
@@ -1811,10 +1810,10 @@ class Checkout:
             held = self.run("cat-file", "--batch", stdin="\n".join(blobs).encode()) if blobs else ""
             return f"{path}\0{held}".encode("utf-8", "surrogateescape")
 
-        changes = {path: row for path, row in self._changes().items() if row[4] != "D"}
-        if not config.finds_secret(whole("\0".join(changes), *(row[3] for row in changes.values()))):
+        kept = {path: row for path, row in changes.items() if row[4] != "D"}
+        if not config.finds_secret(whole("\0".join(kept), *(row[3] for row in kept.values()))):
             return
-        for path, (_, _, old, new, how) in changes.items():
+        for path, (_, _, old, new, how) in kept.items():
             if name := config.finds_secret(whole(path, new), b"" if how == "A" else whole(path, old)):
                 where = "A file's name" if config.finds_secret(whole(path)) else code(path)
                 advice = "The runner's owner should replace it if anybody else can have seen it."
