@@ -274,8 +274,8 @@ def test_files_are_kept_byte_for_byte_whatever_the_attributes_say(world: World) 
         (place.path / "new").mkdir(exist_ok=True)
         (place.path / "new" / name).write_bytes(files[name])
     (place.path / "mixed.txt").write_bytes(b"$Id: x $\r\ntwo\r\n")
-    made = place.commit()
     assert place.changed() == ["A .gitattributes", *(f"A new/{name}" for name in sorted(files)), "M mixed.txt"]
+    made = place.commit()
     for name in files:
         shown = place.git("cat-file", "blob", f"{made}:new/{name}", git_dir=place.checkout.git_dir)
         assert os.fsencode(shown) == files[name]
@@ -402,11 +402,12 @@ def test_a_secret_that_was_there_before_does_not_matter_unless_there_is_more_of_
 
 
 def test_a_secret_may_be_taken_out(world: World) -> None:
-    world.github.commit(TARGET, {"key.txt": f"{KEY}\n", "other.txt": f"{KEY}\n"})
+    world.github.commit(TARGET, {"key.txt": f"{KEY}\n", "other.txt": f"{KEY}\n", f"{KEY}.txt": "x"})
     place = secretive(world)
     write(place.path / "key.txt", "none\n")
     (place.path / "other.txt").unlink()
-    assert place.changed() == ["D other.txt", "M key.txt"]
+    (place.path / f"{KEY}.txt").unlink()
+    assert place.changed() == ["D other.txt", f"D {KEY}.txt", "M key.txt"]
 
 
 def test_a_secret_in_a_change_fails_the_task_and_is_told_without_it(world: World) -> None:
