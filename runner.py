@@ -1810,10 +1810,9 @@ class Checkout:
             held = self.run("cat-file", "--batch", stdin="\n".join(blobs).encode()) if blobs else ""
             return f"{path}\0{held}".encode("utf-8", "surrogateescape")
 
-        kept = {path: row for path, row in changes.items() if row[4] != "D"}
-        if not config.finds_secret(whole("\0".join(kept), *(row[3] for row in kept.values()))):
+        if not config.finds_secret(whole("\0".join(changes), *(row[3] for row in changes.values()))):
             return
-        for path, (_, _, old, new, how) in kept.items():
+        for path, (_, _, old, new, how) in changes.items():
             if name := config.finds_secret(whole(path, new), b"" if how == "A" else whole(path, old)):
                 where = "A file's name" if config.finds_secret(whole(path)) else code(path)
                 advice = "The runner's owner should replace it if anybody else can have seen it."
