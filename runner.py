@@ -485,26 +485,27 @@ INVISIBLE = (  # Default_Ignorable_Code_Point less the emoji's U+FE0F, and line 
 )
 UNSEEN = re.compile(ESCAPES + rf"|[\x00-\x08\x0b-\x1f\x7f-\x9f{INVISIBLE}]")
 printable = functools.partial(UNSEEN.sub, "")  # leaves text without these
-# Where a comment begins outside of code, up to its end: https://spec.commonmark.org/0.31.2/#html-blocks (kind 2). What
-# is passed over first is code that people see: fences, also in lists and quotes, and code within a line. A backtick
-# without its like in the line spoils the rest of a paragraph, for what is code there is not so easily said.
-_LEAD, _NEXT = r"[ \t>*+\d.)-]*+", r"\n(?![ \t]*\n| {0,3}(?:```|~~~)|[ \t>*+\d.)-]*+<!--)"
+# Comments outside of code: https://spec.commonmark.org/0.31.2/#html-blocks (kind 2) and #html-comment. First what is
+# passed over: code that people see in fences, also of lists, and within a line. A backtick without its like in the line
+# spoils the rest of the paragraph, for what is code there is not so easily said.
+_LEAD = r"[ \t>*+\d.)-]*+"
+_NEXT = rf"\n(?![ \t]*\n| {{0,3}}(?:`{{3,}}+(?![^\n]*`)|~~~)|(?!-->){_LEAD}<!--)"  # a line of the same paragraph
 COMMENT = re.compile(
-    rf"{FENCE.pattern}|^(?= {{4}}|[ \t]*[\t>*+\d-]){_LEAD}(?P<nested>`{{3,}}+(?![^\n]*`)|~{{3,}}+)[^\n]*"
-    r"(?:\n(?![ \t>]*(?P=nested))(?:[ \t>][^\n]*)?)*+(?:\n[ \t>]*(?P=nested)[^\n]*)?"
+    rf"{FENCE.pattern}|^(?: {{4}}|\t|[ \t]*(?:[*+-]|\d{{1,9}}[.)])[ \t])[ \t]*+(?P<nested>`{{3,}}+(?![^\n]*`)|~{{3,}}+)"
+    r"[^\n]*(?:\n(?![ \t]*(?P=nested))(?:(?:  |\t)[^\n]*)?)*+(?:\n[ \t]*(?P=nested)[^\n]*)?"
     r"|\\[!-~]|(?<!`)(?P<run>`++)[^\n|]{1,1000}?(?<!`)(?P=run)(?!`)"
     rf"|`++(?:[^<\n]++|<(?!!--)|{_NEXT})*+"
-    rf"|^(?P<before>{_LEAD})<!--(?:-?>|[\s\S]*?(?:-->|\Z))"
+    rf"|^(?P<before>{_LEAD})<!--(?:-?>|[\s\S]*?(?:-->|\Z))(?:(?>[^\n]*<!--)(?!-?>|[^\n]*-->)[\s\S]*?(?:-->|\Z))*"
+    r"(?P<after>[^\n]*)"
     rf"|(?P<inline><!--(?:-?>|(?:[^\n-]++|-(?!->)|{_NEXT})*+(?:-->)?))"
 )
 
-# What would act where the runner writes foreign text; a zero-width space after a match is the end of that.
-FOR_PROGRAMS = (
-    re.compile(  # GitHub's closing keywords with what may name an issue, also for who looks for them anywhere
-        r"<(?=!--)|(?:clos(?:e[sd]?)|fix(?:e[sd])?|resolv(?:e[sd]?))"
-        r"(?=(?:[^\w#]|_)++(?:#|num;|GH-\d|https?://|[\w.-]{1,39}/[\w.-]{1,100}#))",
-        re.IGNORECASE,
-    )
+# What would act where the runner writes foreign text, up to where a zero-width space breaks it. Programs find comments
+# and closing keywords, with what may name an issue, in code too; calls and tags, also as entities, act outside of it.
+FOR_PROGRAMS = re.compile(
+    r"<(?=!--)|(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?)"
+    r"(?=(?:[^\w#]|_)++(?:#|num;|GH-\d|https?://|[\w.-]{1,39}/[\w.-]{1,100}#))",
+    re.IGNORECASE,
 )
 FOR_PEOPLE = re.compile(rf"{FENCE.pattern}|(?<![A-Za-z0-9])@(?=[A-Za-z0-9])|<(?=[A-Za-z/!?])|&(?=#|commat;|num;)")
 INDENTED_FENCE = re.compile(r"(?m)^(?=[ \t>*+\d-])[ \t>*+\d.)-]++(?=`{3,}+[^`\n]*$|~{3})")
@@ -595,9 +596,14 @@ def without_comments(text: str) -> tuple[str, int]:
 
     def shown(match: re.Match[str]) -> str:
         nonlocal count
-        hides = match["before"] is not None or (match["inline"] or "").endswith("-->")
-        count += hides
-        return (match["before"] or "") if hides else match[0]
+        if (match["inline"] or "").endswith("-->"):
+            count += 1
+            return ""
+        if match["before"] is None:
+            return match[0]
+        after, more = re.subn(r"<!--(?:-?>|.*?-->)", "", match["after"])
+        count += 1 + more
+        return str(match["before"]) + after
 
     return COMMENT.sub(shown, text), count
 
@@ -2372,7 +2378,7 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     with audited(config, "agent ended", **facts) as end:
         done = run_supervised(config, order, work.stop)
         end["outcome"] = done.late or f"status {done.code}"
-    # Before it is made harmless, which may change a secret so that it is not known any more.
+    # Masked before it is made harmless, which could change a secret so that it is not known any more.
     done = done._replace(out=config.masked(done.out))
     log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
     log.info("issue=%d task=%s the agent's output is in %s", task.number, task.slug, log_file)
