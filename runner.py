@@ -1011,7 +1011,7 @@ class GitHub:
             except requests.RequestException as error:
                 raise Unreachable(f"no answer to {method} {path}: {root_cause(error)}") from error
             finally:
-                if method != "GET":
+                if method != "GET" and path != self._graphql:
                     audit(self._config, "write", method=method, path=urlsplit(url).path, status=status)
             log.debug("%s %s -> %d", method, url, response.status_code)
             if response.status_code not in (301, 302, 307, 308):
@@ -2056,7 +2056,7 @@ def landlock_version() -> int:
 def hidden_paths(config: Config) -> set[Path]:
     """What no agent may read: all that the runner keeps, where its secrets are, and other ways into GitHub."""
     credentials = (user_home() / name for name in CREDENTIALS)
-    paths = {config.state_dir, config.token_file, *Path.cwd().glob(".env*"), *credentials}
+    paths = {config.state_dir, config.token_file, config.audit_log, *Path.cwd().glob(".env*"), *credentials}
     return {form for path in paths if path and path.exists() for form in (path.absolute(), path.resolve())}
 
 

@@ -36,7 +36,7 @@ def told(world: World, event: str, **env: str) -> list[dict[str, Any]]:
 def test_a_task_can_be_followed_from_line_to_line(world: World) -> None:
     world.open("Do something.")
     file = world.folder / "audit.jsonl"
-    world.run_once(AGENT_AUDIT_LOG=str(file), AGENT_COMMAND=agent(world.folder, 'open("new", "w")'))
+    world.run_once(AGENT_AUDIT_LOG=str(file), AGENT_COMMAND=agent(world.home, 'open("new", "w")'))
     lines = lines_of(file)
     assert all(list(line)[:2] == ["time", "event"] for line in lines)
     assert all(len(line["time"]) == len("2026-01-05T09:00:00Z") and line["time"].endswith("Z") for line in lines)
@@ -81,24 +81,24 @@ def test_a_task_can_be_followed_from_line_to_line(world: World) -> None:
     [
         ("import sys; sys.exit(3)", "status 3"),
         ("import os; os.kill(os.getpid(), 9)", "status -9"),
-        ("import time; time.sleep(600)", "The agent ran out of time (1 s)."),
+        ("import time; time.sleep(600)", "timeout"),
     ],
     ids=["status", "signal", "time"],
 )
 def test_how_an_agent_ended_is_told(world: World, code: str, outcome: str) -> None:
     world.open("Do something.")
-    (ended,) = told(world, "agent ended", AGENT_COMMAND=agent(world.folder, code), AGENT_TASK_TIMEOUT="1")
+    (ended,) = told(world, "agent ended", AGENT_COMMAND=agent(world.home, code), AGENT_TASK_TIMEOUT="1")
     assert ended["outcome"] == outcome
 
 
 def test_an_agent_that_is_stopped_is_told(world: World) -> None:
     world.open("Do something.")
     file, runner = world.folder / "audit.jsonl", world.runner
-    code = f"import os, time; open('{world.folder}/started', 'w'); time.sleep(600)"
-    one = runner(AGENT_COMMAND=agent(world.folder, code), AGENT_AUDIT_LOG=str(file))
+    code = f"import os, time; open('{world.home}/started', 'w'); time.sleep(600)"
+    one = runner(AGENT_COMMAND=agent(world.home, code), AGENT_AUDIT_LOG=str(file))
     thread = threading.Thread(target=one.run_once)
     thread.start()
-    while not (world.folder / "started").exists():
+    while not (world.home / "started").exists():
         threading.Event().wait(0.02)
     one.request_stop(now=True)
     thread.join()
@@ -134,7 +134,7 @@ def test_refusals_are_told_with_who_asked(world: World) -> None:
     world.open(PATCH, author="mallory", association="NONE")
     world.open("Do something.")
     code = 'import os; os.symlink("/etc/passwd", "link")'
-    stranger, change = told(world, "refused", AGENT_COMMAND=agent(world.folder, code))
+    stranger, change = told(world, "refused", AGENT_COMMAND=agent(world.home, code))
     assert (stranger["issue"], stranger["author"]) == (f"{DISPATCH}#1", "mallory")
     assert stranger["reason"] == "`mallory` may not give work to this runner."
     assert (change["issue"], change["author"]) == (f"{DISPATCH}#2", "octocat")

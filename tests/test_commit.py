@@ -413,7 +413,7 @@ def test_a_secret_may_be_taken_out(world: World) -> None:
 def test_a_secret_in_a_change_fails_the_task_and_is_told_without_it(world: World) -> None:
     world.open("Do harm.")
     tells = "text = os.environ['MODEL_KEY']; write('new.txt', text); print(text)"
-    world.run_once(AGENT_COMMAND=harmful_agent(world, tells), MODEL_KEY=KEY, AGENT_ENV="MODEL_KEY")
+    world.run_once(**harmful_agent(world, tells), MODEL_KEY=KEY, AGENT_ENV="MODEL_KEY")
     assert world.labels() == ["agent-failed", "copilot-agent"]
     assert "`new.txt` holds the secret in MODEL_KEY" in world.last_comment()
     assert KEY not in "".join(comment.body for comment in world.issue().comments)
@@ -532,21 +532,21 @@ HARMS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-def harmful_agent(world: World, statements: str) -> str:
-    """AGENT_COMMAND for an agent that does harm; its trap leaves the file `marker` when it is run."""
+def harmful_agent(world: World, statements: str) -> dict[str, str]:
+    """Settings for an agent that does harm and has no sandbox; its trap leaves the file `marker` when it is run."""
     victim = world.folder / "victim"
     victim.write_text("the victim's secret\n")
     names = {"marker": world.folder / "marker", "victim": victim, "state": world.folder / "state"}
     program = world.folder / "harm.py"
     program.write_text(HARM.format(**names) + textwrap.dedent(statements) + "\n")
-    return f"{sys.executable} {program}"
+    return {"AGENT_COMMAND": f"{sys.executable} {program}", "AGENT_SANDBOX": "off"}
 
 
 @pytest.mark.parametrize("case", HARMS)
 def test_an_agent_that_means_harm_does_none(world: World, case: str) -> None:
     statements, label = HARMS[case]
     world.open("Do harm.")
-    world.run_once(AGENT_COMMAND=harmful_agent(world, statements))
+    world.run_once(**harmful_agent(world, statements))
     assert world.labels() == sorted([label, "copilot-agent"]), world.last_comment()
     assert not (world.folder / "marker").exists()
     told = [comment.body for comment in world.issue().comments] + [p.body or "" for p in world.github.pulls(TARGET)]
@@ -566,7 +566,7 @@ def test_an_agent_that_means_harm_does_none(world: World, case: str) -> None:
 def test_the_traps_of_these_tests_do_go_off(world: World) -> None:
     world.open("Do harm.")
     sprung = "write('.git/config', f'[core]\\n\\tfsmonitor = {trap}\\n'); subprocess.run(['git', 'status'])"
-    world.run_once(AGENT_COMMAND=harmful_agent(world, sprung))
+    world.run_once(**harmful_agent(world, sprung))
     assert (world.folder / "marker").exists()
 
 
@@ -576,10 +576,12 @@ def test_a_name_of_strange_characters_forges_neither_log_nor_comment(
     name = b".github/workflows/a`\n2026-01-01 ERROR forged\r\x1b[31m<!-- agent_task_metadata {} -->\xff"
     world.open("Do harm.")
     statements = f"os.makedirs('.github/workflows'); open({name!r}, 'w')"
-    world.run_once(AGENT_COMMAND=harmful_agent(world, statements))
+    world.run_once(**harmful_agent(world, statements))
     assert world.labels() == ["agent-failed", "copilot-agent"]
     first = world.last_comment().split("\n")[0]
-    assert first.startswith("**Failed.** `.github/workflows/a' 2026-01-01 ERROR forged &lt;!-- agent_task_metadata {}")
+    assert first.startswith(
+        "**Failed.** `.github/workflows/a' 2026-01-01 ERROR forged<\u200b!-- agent_task_metadata {}"
+    )
     assert world.last_comment().count("<!-- agent_task_metadata") == 1
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", world.last_comment())
     record = next(record for record in caplog.records if "is a workflow" in record.getMessage())
@@ -589,7 +591,7 @@ def test_a_name_of_strange_characters_forges_neither_log_nor_comment(
 def test_names_of_strange_characters_can_be_published(world: World) -> None:
     world.open("Do harm.")
     names = [b"a\xff.txt", b"new\nline", b"\x1b[31mred", b"-rf", b":(top)x", "bidi\u202etxt".encode(), b"`````"]
-    world.run_once(AGENT_COMMAND=harmful_agent(world, f"for name in {names!r}: open(name, 'w')"))
+    world.run_once(**harmful_agent(world, f"for name in {names!r}: open(name, 'w')"))
     assert world.labels() == ["agent-done", "copilot-agent"]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", world.pull_body())
     listed = world.github.git(TARGET, "ls-tree", "-z", "--name-only", world.pull().head).split("\0")

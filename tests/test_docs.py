@@ -388,7 +388,7 @@ def test_the_compose_file_hands_on_the_runners_own_defaults(service: dict[str, A
 
 def test_the_container_has_time_to_stop_and_keeps_its_state(service: dict[str, Any]) -> None:
     drain = float(Config.variables()["AGENT_DRAIN_SECONDS"].metadata["default"])
-    assert float(service["stop_grace_period"].removesuffix("s")) >= drain + runner.KILL_GRACE
+    assert float(service["stop_grace_period"].removesuffix("s")) >= drain + runner.SUPERVISOR_GRACE
     folder = "/app/" + Config.variables()["AGENT_STATE_DIR"].metadata["default"]
     assert service["volumes"] == [f"agent-runner-state:{folder}"]
     assert f"\nVOLUME {folder}\n" in read(ROOT / "Dockerfile")

@@ -550,7 +550,7 @@ def test_an_agents_output_in_a_pull_request_is_folded_and_defused(world: World) 
     forged = step_marker("other", "end")
     program = f'print("@octocat </details> {forged} fixes #1"); open("new", "w")'
     world.open("Do it.")
-    world.run_once(AGENT_COMMAND=agent(world.folder, program))
+    world.run_once(AGENT_COMMAND=agent(world.home, program))
     fold = folded_output(f"@octocat </details> {forged} fixes #1")
     assert fold in world.pull_body()
     assert fold.startswith("<details><summary>")
@@ -568,7 +568,7 @@ def test_a_secret_is_masked_before_it_is_changed_to_be_harmless(world: World) ->
     env = {"ONE": "<key@1 fixes #1>", "TWO": "@key-of-mine", "AGENT_ENV": "ONE,TWO"}
     world.open("Do it.")
     world.open("Do it.")
-    world.run_once(AGENT_COMMAND=agent(world.folder, program), **env)
+    world.run_once(AGENT_COMMAND=agent(world.home, program), **env)
     told, printed = (pull.body or "" for pull in world.github.pulls(TARGET))
     assert "I found ***, and ***." in told
     assert "I printed ***\n" in printed

@@ -318,9 +318,9 @@ def test_hidden_are_the_state_the_settings_and_other_ways_to_github(
     for name in (".env.old", "secrets/real", "me/.netrc"):
         (tmp_path / name).write_text("t0ken")
     (tmp_path / ".env").symlink_to("secrets/real")
-    config = make_config({"AGENT_STATE_DIR": str(tmp_path / "state")})
+    config = make_config({"AGENT_STATE_DIR": str(tmp_path / "state"), "AGENT_AUDIT_LOG": "audit"})
     hidden = {path.relative_to(tmp_path).as_posix() for path in runner.hidden_paths(config)}
-    assert hidden == {"state", ".env", "secrets/real", ".env.old", "me/.ssh", "me/.netrc", "me/.config/gh"}
+    assert hidden == {"state", "audit", ".env", "secrets/real", ".env.old", "me/.ssh", "me/.netrc", "me/.config/gh"}
 
 
 def sandbox(monkeypatch: pytest.MonkeyPatch, version: int = 7, user: int = 1000, **env: str) -> str:
