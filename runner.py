@@ -2125,6 +2125,7 @@ def confine(order: Order, rules: int, processes: int) -> None:
     """Puts up the walls around this process, just before it becomes the agent."""
     set_process(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(5)
+    set_process(PR_SET_DUMPABLE, 1)  # what is not cannot write to its own /proc
     with contextlib.suppress(OSError):  # if memory runs out, this goes first
         Path("/proc/self/oom_score_adj").write_text("1000")
     set_limit(resource.RLIMIT_CORE, 0)

@@ -177,7 +177,14 @@ def test_without_the_wall_of_files_the_token_is_found_in_one(attack: Attack) -> 
 @pytest.mark.parametrize(
     ("before", "env", "exposed"),
     [
-        ("", {"AGENT_SANDBOX": "off"}, False),
+        pytest.param(
+            "",
+            {"AGENT_SANDBOX": "off"},
+            False,
+            marks=pytest.mark.skipif(
+                os.geteuid() != 0, reason="needs root: else the stand-in, which knows the token, is the same user's"
+            ),
+        ),
         (NO_MEMORY_WALL, {}, False),
         (NO_MEMORY_WALL, {"AGENT_SANDBOX": "off"}, True),
     ],
@@ -288,23 +295,22 @@ def test_what_an_agent_needs_is_there(attack: Attack) -> None:
         os.rename("a/new", "b/new")
         os.kill(subprocess.Popen(["sleep", "60"]).pid, 15)
         open(os.path.expanduser("~/state"), "a").close()
+        assert open("/proc/self/oom_score_adj").read() == "1000\n"
     """
     attack.world.open("Work.")
     result = attack.run(AGENT_COMMAND=attack.agent(code), AGENT_SANDBOX="required")
     assert attack.done(), result.stderr + attack.world.last_comment()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which is refused here")
 def test_root_runs_no_agent_unless_it_is_allowed_to(world: World) -> None:
     world.open()
     process = world.start("--once", AGENT_COMMAND="true", AGENT_ALLOW_ROOT="no")
     _, err = process.communicate()
-    if os.geteuid():
-        assert process.returncode == 0
-    else:
-        assert process.returncode == 2
-        assert "the runner is root" in err
-        assert "AGENT_ALLOW_ROOT=yes" in err
-        assert world.issue().comments == []
+    assert process.returncode == 2
+    assert "the runner is root" in err
+    assert "AGENT_ALLOW_ROOT=yes" in err
+    assert world.issue().comments == []
 
 
 # -- agents that do not want to end -----------------------------------------------------------------
