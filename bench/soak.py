@@ -104,6 +104,7 @@ def running(github: StandIn, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         "AGENT_MAX_CONCURRENT": "4",
         "AGENT_POLL_INTERVAL": "1",
         "AGENT_WRITE_INTERVAL": "0",
+        "AGENT_ALLOW_ROOT": "yes",
         "TMPDIR": str(home / "tmp"),
     }
     with (folder / "log").open("wb") as log:

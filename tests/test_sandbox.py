@@ -295,7 +295,7 @@ def test_what_an_agent_needs_is_there(attack: Attack) -> None:
         os.rename("a/new", "b/new")
         os.kill(subprocess.Popen(["sleep", "60"]).pid, 15)
         open(os.path.expanduser("~/state"), "a").close()
-        assert open("/proc/self/oom_score_adj").read() == "1000\n"
+        assert open("/proc/self/oom_score_adj").read().strip() == "1000"
     """
     attack.world.open("Work.")
     result = attack.run(AGENT_COMMAND=attack.agent(code), AGENT_SANDBOX="required")
