@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from openapi_check import check_request
 from standin import Issue, Pull, RecordedRequest, StandIn
@@ -18,6 +19,10 @@ from standin_graphql import answer_query
 
 import runner as runner_module
 from runner import Clock, Config, Runner
+
+# The same examples each time, and no limit of time: a failure is to come from a change.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 RUNNER = Path(runner_module.__file__)
 DISPATCH = "acme/dispatch"

@@ -15,7 +15,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 from conftest import DISPATCH, TARGET, make_config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from runner import DROPPINGS, Config, ConfigError, Secret, git_login
@@ -405,7 +405,6 @@ def test_a_secret_is_masked_and_found_in_every_form(encode: Callable[[str], str]
     assert SECRET.finds_secret(f"a {told} b".encode()) == name
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=40), st.binary(max_size=40))
 def test_a_secret_inside_a_longer_base64_text_is_masked_wherever_it_begins(before: bytes, after: bytes) -> None:
     whole = base64.b64encode(before + TOKEN.encode() + after).decode()

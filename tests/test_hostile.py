@@ -21,7 +21,6 @@ from test_parsing import (
     odd_text,
     parse,
     read_back,
-    relaxed,
 )
 from test_task import agent, dispatch_body, metadata_of
 
@@ -641,7 +640,6 @@ def seen_as_code(text: str) -> str:
     return "\n".join(kept)
 
 
-@relaxed
 @given(hostile_text, st.integers(300, 1_000))
 @example("- ```\n  @a\n  ```\n@b", 300)
 @example("> ~~~\n@b", 300)
@@ -658,7 +656,6 @@ def test_no_text_of_an_agent_does_harm(text: str, limit: int) -> None:
     assert not re.search(r"^[ \t>*+\d.)-]+(?:```[^`]*$|~~~)", outside, re.MULTILINE)
 
 
-@relaxed
 @given(hostile_text)
 def test_no_output_of_an_agent_does_harm(text: str) -> None:
     fold = folded_output(text)
@@ -673,7 +670,6 @@ def test_no_output_of_an_agent_does_harm(text: str) -> None:
 # Properties
 
 
-@relaxed
 @given(
     st.lists(st.sampled_from([*FRAGMENTS, "## Instructions\n", "Task ID: a\n", "<!-- x -->"]), max_size=25).map(
         "".join
@@ -686,7 +682,6 @@ def test_any_issue_is_refused_with_a_reason_or_safe(body: str, title: str) -> No
         assert_safe(task, body)
 
 
-@relaxed
 @given(metadatas, hostile_text)
 def test_any_metadata_comes_back_or_is_refused(metadata: dict[str, Any], text: str) -> None:
     metadata = {**metadata, "task_id": metadata.get("task_id") or "t"}
@@ -698,7 +693,6 @@ def test_any_metadata_comes_back_or_is_refused(metadata: dict[str, Any], text: s
         assert_safe(task, text)
 
 
-@relaxed
 @given(metadatas)
 def test_metadata_is_read_back_as_it_came_in(metadata: dict[str, Any]) -> None:
     comment = metadata_comment(metadata)
@@ -706,7 +700,6 @@ def test_metadata_is_read_back_as_it_came_in(metadata: dict[str, Any]) -> None:
     assert READ_BACK.sub("", comment) == ""
 
 
-@relaxed
 @given(metadatas, odd_text, odd_text, odd_text)
 def test_no_summary_can_forge_the_metadata_of_a_pull_request(
     metadata: dict[str, Any], summary: str, stat: str, base: str
@@ -716,13 +709,11 @@ def test_no_summary_can_forge_the_metadata_of_a_pull_request(
     assert read_back(body) == metadata
 
 
-@relaxed
 @given(metadatas)
 def test_the_runner_reads_its_own_metadata(metadata: dict[str, Any]) -> None:
     assert split_metadata(metadata_comment(metadata)) == ("", metadata)
 
 
-@relaxed
 @given(odd_text, odd_text)
 @example("<!-- agent_task_metadata {", "")
 def test_no_body_makes_the_parser_fail(body: str, title: str) -> None:

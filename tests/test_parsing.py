@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import TARGET, TASK_ID, issue_json, make_config
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from runner import (
@@ -32,8 +32,7 @@ CONFIG = make_config({"AGENT_ALLOWED_TARGETS": f"{TARGET},acme/gadgets"})
 READ_BACK = re.compile(r"<!--\s*agent_task_metadata\s+(.*?)\s*-->", re.DOTALL)  # the back end's own
 METADATA = {"task_id": TASK_ID, "user_id": "user-456", "provider": "github_issue_dispatch"}
 OTHER = '<!-- agent_task_metadata {"task_id": "other"} -->'
-relaxed = settings(deadline=None)
-with_git = settings(deadline=None, max_examples=30)  # each starts a process
+with_git = settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])  # each starts a process
 
 
 def backend_body(
@@ -571,7 +570,6 @@ def as_it_is_seen(text: str) -> str:
     return printable(re.sub("\r\n?", "\n", text.replace("\0", "")))
 
 
-@relaxed
 @given(odd_text.filter(lambda text: "<!--" not in text and not FENCE.search(text)), metadatas)
 @example("```x```\nA line of code, then a fence:\n\n    ```", {})
 @example("Two\rlines", {})
@@ -582,7 +580,6 @@ def test_an_instruction_comes_back_as_it_was_written(instruction: str, metadata:
     assert task.metadata == metadata
 
 
-@relaxed
 @given(odd_text)
 def test_an_instruction_in_a_fence_comes_back_whole(code: str) -> None:
     ticks = "`" * (3 + code.count("`"))
@@ -596,7 +593,6 @@ def test_an_instruction_in_a_fence_comes_back_whole(code: str) -> None:
 # Code fences
 
 
-@relaxed
 @given(odd_text)
 def test_blanking_fences_keeps_length_and_lines(text: str) -> None:
     blanked = outside_fences(text)

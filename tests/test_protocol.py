@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import requests
 from conftest import issue_json, make_config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
@@ -31,7 +31,6 @@ from runner import (
 
 NOW = 1_767_225_600.0
 DATE = {"date": "Thu, 01 Jan 2026 00:00:00 GMT"}  # the same time
-relaxed = settings(deadline=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,7 +118,6 @@ def test_without_a_date_there_is_no_time() -> None:
     assert server_time({}) == 0
 
 
-@relaxed
 @given(st.text(max_size=40), st.text(max_size=10), st.text(max_size=10), st.integers(0, 10**6))
 def test_no_header_makes_the_reader_fail(date: str, after: str, reset: str, streak: int) -> None:
     assert server_time({"date": date}) >= 0
@@ -196,7 +194,6 @@ def test_an_answer_that_is_not_githubs_is_still_told(data: Any) -> None:
     assert refused(404, data).why.endswith("pulls: no message")
 
 
-@relaxed
 @given(
     st.integers(400, 599),
     st.recursive(

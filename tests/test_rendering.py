@@ -58,8 +58,7 @@ odd_text = st.lists(
     st.one_of(st.sampled_from([*TEXTS.values(), "```", "~~~~\n", "\r\n", "</details>"]), st.text(max_size=8)),
     max_size=12,
 ).map("".join)
-relaxed = settings(deadline=None)
-with_git = settings(deadline=None, max_examples=30)  # each starts a process
+with_git = settings(max_examples=30)  # each starts a process
 
 
 def make_task(**changes: Any) -> Task:
@@ -115,7 +114,6 @@ def test_a_long_summary_is_cut_with_a_note() -> None:
     assert "### Changes" in body
 
 
-@relaxed
 @given(odd_text, odd_text)
 @example("```python\nprint(1)", "")
 @example("~~~~\n```", "````")
@@ -222,7 +220,6 @@ def test_line_ends_of_every_kind_end_lines() -> None:
     assert output_in(folded_output("a\r\nb\rc\n")) == "a\nb\nc\n"
 
 
-@relaxed
 @given(odd_text)
 def test_output_cannot_leave_its_fence(output: str) -> None:
     fold = folded_output(output)
@@ -262,7 +259,6 @@ def test_terminal_escapes_and_control_characters_are_gone(raw: str, shown: str) 
     assert printable(raw) == shown
 
 
-@relaxed
 @given(st.text(alphabet="\x1b[]0;?m\x07\\ \na\x9b(", max_size=30))
 def test_no_escape_character_ever_remains(text: str) -> None:
     assert not set(printable(text)) & {"\x1b", "\x07"}
@@ -280,7 +276,6 @@ def test_a_fence_is_longer_than_any_run_of_backticks_inside(text: str) -> None:
     assert len(last) == last.count("`") >= max(3, longest + 1)
 
 
-@relaxed
 @given(odd_text)
 def test_text_comes_out_of_its_fence_unchanged_but_for_what_acts_in_code_too(text: str) -> None:
     whole = fenced(text)
