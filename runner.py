@@ -2265,7 +2265,8 @@ def run_supervised(config: Config, order: Order, stop: threading.Event | None = 
         os.close(held)
         end_processes(strays)  # of a supervisor that was killed
     if done.code or done.late:
-        raise TaskFailed("The agent's supervisor was killed.", output=done.err)
+        how = "was killed" if done.code < 0 else "failed"
+        raise TaskFailed(f"The agent's supervisor {how}.", output=done.err)
     finished = Finished(*json.loads(done.out))
     if finished.err:
         advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."

@@ -100,6 +100,11 @@ def test_an_agent_that_cannot_start_says_why(bench: Bench) -> None:
         bench.run("", command=["/nowhere/agent"])
 
 
+def test_a_supervisor_that_fails_fails_the_task(bench: Bench) -> None:
+    with pytest.raises(TaskFailed, match="supervisor failed"):
+        bench.run("", log="/nowhere/log")
+
+
 def test_a_daemon_that_forked_twice_ends_with_its_agent(bench: Bench) -> None:
     assert bench.run(STUBBORN + DAEMON).code == 0
     assert len(bench.pids()) == 1
@@ -352,6 +357,13 @@ def test_agents_are_refused_without_the_walls_that_are_required(
 ) -> None:
     with pytest.raises(TaskFailed, match=why):
         sandbox(monkeypatch, version, user, **env)
+
+
+def test_the_page_on_security_shows_what_check_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (RUNNER.parent / "docs/security.md").read_text()
+    assert f"```text\n✓ {sandbox(monkeypatch)}\n```" in page
+    assert f"`✓ {sandbox(monkeypatch, AGENT_PROCESS_TASK='patch')}`" in page
+    assert all(f"`{name}`" in page for name in runner.CREDENTIALS)
 
 
 def test_patches_need_no_walls(monkeypatch: pytest.MonkeyPatch) -> None:
