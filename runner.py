@@ -3009,15 +3009,14 @@ def check_sandbox(config: Config) -> str:
     if os.geteuid() == 0 and not config.allow_root:
         advice = "Start the runner as another user, in a container for example, or set AGENT_ALLOW_ROOT=yes."
         raise TaskFailed("sandbox: the runner is root, whose agents no wall stops", advice)
-    open_ = ", ".join(wall for wall, stands in walls(config).items() if not stands)
-    if config.sandbox == "required" and not walls(config)["the runner's files"]:
+    stands = walls(config)
+    holding, missing = (", ".join(wall for wall in stands if stands[wall] is state) for state in (True, False))
+    if config.sandbox == "required" and not stands["the runner's files"]:
         advice = "Use Linux 5.13 or newer with Landlock, or set AGENT_SANDBOX=auto."
-        raise TaskFailed(f"sandbox: AGENT_SANDBOX is required, and nothing keeps agents from {open_}", advice)
-    if not walls(config)["the runner's files"]:
+        raise TaskFailed(f"sandbox: AGENT_SANDBOX is required, and nothing keeps agents from {missing}", advice)
+    if not stands["the runner's files"]:
         log.warning("agents can read the runner's files, its token included; docs/security.md says more")
-    return f"sandbox: agents are kept from {', '.join(wall for wall, stands in walls(config).items() if stands)}" + (
-        f"; not from {open_}" if open_ else ""
-    )
+    return f"sandbox: agents are kept from {holding or 'nothing'}" + (f"; not from {missing}" if missing else "")
 
 
 def check_agent(config: Config) -> str:
