@@ -413,8 +413,9 @@ def secret_forms(secrets: tuple[tuple[str, str], ...]) -> dict[str, str]:
             begin, end = -(-shift * 8 // 6), (shift + len(raw)) * 8 // 6
             for part in (text[begin:end], text[begin:]):
                 found += [part, part.replace("+", "-").replace("/", "_")]
-        found += [line for line in base64.encodebytes(raw).decode().split() if len(line) >= 12]  # as programs wrap it
-        forms |= {form: name for form in found if form not in forms}
+        found += base64.encodebytes(raw).decode().split()  # as programs wrap it
+        # What is shorter stands in many a text by chance.
+        forms |= {form: name for form in found if form not in forms and (form == value or len(form) >= 8)}
     return dict(sorted(forms.items(), key=lambda item: -len(item[0])))
 
 

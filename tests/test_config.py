@@ -414,6 +414,13 @@ def test_a_secret_inside_a_longer_base64_text_is_masked_wherever_it_begins(befor
         assert SECRET.finds_secret(text.encode()) == "GITHUB_TOKEN"
 
 
+@pytest.mark.parametrize("token", ["x", "x2", "t0ken", "ghp_abcd"])
+def test_a_short_token_spoils_no_text(token: str) -> None:
+    text = "2026-01-05 09:00:00 ERROR cannot start: the ruler is root"
+    assert make_config({"GITHUB_TOKEN": token}).masked(text) == text
+    assert make_config({"GITHUB_TOKEN": token}).masked(f"<{token}>") == "<***>"
+
+
 def test_a_token_is_masked_whole_as_git_sends_it() -> None:
     assert SECRET.masked(f"Basic {git_login(TOKEN)}.") == "Basic ***."
 
