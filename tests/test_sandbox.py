@@ -302,6 +302,27 @@ def test_what_an_agent_needs_is_there(attack: Attack) -> None:
     assert attack.done(), result.stderr + attack.world.last_comment()
 
 
+def test_a_plugin_reads_what_lies_beside_it_but_not_the_settings(attack: Attack) -> None:
+    (attack.cwd / "helper.py").write_text("name = '.env'\n")
+    (attack.cwd / ".env").write_text(f"GITHUB_TOKEN={attack.token}\n")
+    (attack.cwd / "my_agent.py").write_text(
+        textwrap.dedent("""
+            import helper, pathlib
+
+            def process_task(task, workspace):
+                pathlib.Path("new.txt").write_text("x")
+                try:
+                    return pathlib.Path(__file__).with_name(helper.name).read_text()
+                except PermissionError:
+                    return "The settings are hidden."
+        """)
+    )
+    attack.world.open("Read the settings.")
+    result = attack.run(AGENT_PROCESS_TASK="my_agent.py:process_task")
+    assert attack.done(), result.stderr
+    assert "The settings are hidden." in attack.world.pull_body()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which is refused here")
 def test_root_runs_no_agent_unless_it_is_allowed_to(world: World) -> None:
     world.open()
