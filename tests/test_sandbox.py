@@ -153,7 +153,7 @@ NO_ALLOW_LIST = "runner.allowed_environment = lambda config: dict(config.env)"
 def test_a_thief_finds_the_token_nowhere(attack: Attack) -> None:
     (attack.cwd / ".env").write_text(f"GITHUB_TOKEN={attack.token}\n")
     (attack.cwd / ".env.bak").write_text(f"GITHUB_TOKEN={attack.token}\n")
-    report = attack.hunt(tops="/", seconds=4, env={"AGENT_LEASE": "3"})  # the claim is renewed each second, by git
+    report = attack.hunt(tops="/", seconds=5, env={"AGENT_LEASE": "6"})  # git renews the claim every two seconds
     assert report["found"] == []
     assert report["tried"]["readable files"] > 5
     assert report["tried"]["files"] > report["tried"]["readable files"]
@@ -198,7 +198,7 @@ def test_each_wall_of_memory_keeps_the_token_from_other_processes(
 
 
 def test_git_shows_the_token_to_agents_only_without_landlock(attack: Attack) -> None:
-    assert attack.hunt(seconds=4, env={"AGENT_LEASE": "3", "AGENT_SANDBOX": "off"})["found"] != []
+    assert attack.hunt(seconds=5, env={"AGENT_LEASE": "6", "AGENT_SANDBOX": "off"})["found"] != []
 
 
 def test_without_the_allow_list_the_token_is_in_the_environment(attack: Attack) -> None:
