@@ -488,24 +488,25 @@ UNSEEN = re.compile(ESCAPES + rf"|[\x00-\x08\x0b-\x1f\x7f-\x9f{INVISIBLE}]")
 printable = functools.partial(UNSEEN.sub, "")  # leaves text without these
 # Comments outside of code: https://spec.commonmark.org/0.31.2/#html-blocks (kind 2) and #html-comment. First what is
 # passed over: code that people see in fences, also of lists, and within a line. A backtick without its like in the line
-# spoils the rest of the paragraph, for what is code there is not so easily said.
+# spoils the rest of the paragraph, for what is code there is not so easily said. Groups are atomic and not possessive:
+# early Pythons 3.11, such as Debian 12's, lose their way in possessive groups.
 _LEAD = r"[ \t>*+\d.)-]*+"
 _NEXT = rf"\n(?![ \t]*\n| {{0,3}}(?:`{{3,}}+(?![^\n]*`)|~~~)|(?!-->){_LEAD}<!--)"  # a line of the same paragraph
 COMMENT = re.compile(
     rf"{FENCE.pattern}|^(?: {{4}}|\t|[ \t]*(?:[*+-]|\d{{1,9}}[.)])[ \t])[ \t]*+(?P<nested>`{{3,}}+(?![^\n]*`)|~{{3,}}+)"
-    r"[^\n]*(?:\n(?![ \t]*(?P=nested))(?:(?:  |\t)[^\n]*)?)*+(?:\n[ \t]*(?P=nested)[^\n]*)?"
+    r"[^\n]*(?>(?:\n(?![ \t]*(?P=nested))(?:(?:  |\t)[^\n]*)?)*)(?:\n[ \t]*(?P=nested)[^\n]*)?"
     r"|\\[!-~]|(?<!`)(?P<run>`++)[^\n|]{1,1000}?(?<!`)(?P=run)(?!`)"
-    rf"|`++(?:[^<\n]++|<(?!!--)|{_NEXT})*+"
+    rf"|`++(?>(?:[^<\n]++|<(?!!--)|{_NEXT})*)"
     rf"|^(?P<before>{_LEAD})<!--(?:-?>|[\s\S]*?(?:-->|\Z))(?:(?>[^\n]*<!--)(?!-?>|[^\n]*-->)[\s\S]*?(?:-->|\Z))*"
     r"(?P<after>[^\n]*)"
-    rf"|(?P<inline><!--(?:-?>|(?:[^\n-]++|-(?!->)|{_NEXT})*+(?:-->)?))"
+    rf"|(?P<inline><!--(?:-?>|(?>(?:[^\n-]++|-(?!->)|{_NEXT})*)(?:-->)?))"
 )
 
 # What would act where the runner writes foreign text, up to where a zero-width space breaks it. Programs find comments
 # and closing keywords, with what may name an issue, in code too; calls and tags, also as entities, act outside of it.
 FOR_PROGRAMS = re.compile(
     r"<(?=!--)|(?:close[sd]?|fix(?:e[sd])?|resolve[sd]?)"
-    r"(?=(?:[^\w#]|_)++(?:#|num;|GH-\d|https?://|[\w.-]{1,39}/[\w.-]{1,100}#))",
+    r"(?=(?>(?:[^\w#]|_)+)(?:#|num;|GH-\d|https?://|[\w.-]{1,39}/[\w.-]{1,100}#))",
     re.IGNORECASE,
 )
 FOR_PEOPLE = re.compile(rf"{FENCE.pattern}|(?<![A-Za-z0-9])@(?=[A-Za-z0-9])|<(?=[A-Za-z/!?])|&(?=#|commat;|num;)")
