@@ -2,7 +2,7 @@
 # make test    run the tests
 # make lint    check style, types and what is known to be unsafe
 # make audit   ask PyPI for known holes in the packages that runner.py needs
-# make race    run the tests with many runners at one queue
+# make race    run the tests that need the machine to themselves: many runners at one queue, greedy agents
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make clean   remove what these made
 #

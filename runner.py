@@ -2340,7 +2340,6 @@ def make_order(
     log_file: Path = NOWHERE, write: Sequence[Path] = (), read: Sequence[Path] = (), timeout: float = 60
 ) -> Order:  # fmt: skip
     """What a supervisor is told; an agent may always write to its HOME."""
-    walls = {"write": [config.home, *write], "read": read, "hide": sorted(hidden_paths(config))}
     return Order(
         command=command,
         cwd=str(cwd),
@@ -2352,7 +2351,9 @@ def make_order(
         disk=config.disk_budget * 10**6,
         memory=config.max_memory * 10**6,
         landlock=config.sandbox != "off" and landlock_version() > 0,
-        **{name: list(map(str, paths)) for name, paths in walls.items()},
+        write=[str(path) for path in (config.home, *write)],
+        read=[str(path) for path in read],
+        hide=sorted(map(str, hidden_paths(config))),
     )
 
 
