@@ -9,7 +9,8 @@
 
 Strict means: an unknown route, query parameter or body key, a missing header, or a bug in here
 ends up in `problems`. Rules come from GitHub's documentation; repositories are real bare git
-repositories behind `git http-backend`. Standard library only; who wants GraphQL passes standin_graphql.
+repositories behind `git http-backend`. Standard library only; who wants GraphQL passes standin_graphql,
+who wants to sign in as a GitHub App passes standin_app.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math
 import os
 import re
 import socket
+import ssl
 import string
 import subprocess
 import sys
@@ -36,7 +38,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlencode
 
 API_PREFIX, GRAPHQL = "/api/v3", "/api/graphql"  # as on GitHub Enterprise Server
@@ -45,6 +47,8 @@ REASONS = http.client.responses
 API_VERSIONS = {"2022-11-28", "2026-03-10"}
 MEDIA_TYPE = "application/vnd.github+json"
 DOCUMENTATION = "https://docs.github.com/rest"
+NO_JWT = "A JSON web token could not be decoded"
+LEVELS = ("read", "write", "admin")  # of a permission; each holds those before it
 MAX_BODY, MAX_TITLE, MAX_LABEL, MAX_DESCRIPTION = 65_536, 256, 50, 100
 BLOCK = 65_536
 
@@ -203,8 +207,56 @@ class Repository:
         return self.full_name.partition("/")[0]
 
 
+# Who asks.
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Somebody who has signed in, and what the token is good for."""
+
+    login: str
+    kind: str  # "user" and "installation" have a token, "app" has a JSON web token
+    sees: Callable[[Repository], bool]
+    permissions: Mapping[str, str] | None = None  # None: permissions are no matter
+    may_write: bool = True  # as far as a classic token's scopes tell
+
+    @property
+    def association(self) -> str:
+        """That of what it writes; a bot is no member of anything."""
+        return "COLLABORATOR" if self.kind == "user" else "NONE"
+
+    @property
+    def refusal(self) -> str:
+        """https://docs.github.com/en/rest/using-the-rest-api/troubleshooting-the-rest-api#resource-not-accessible"""
+        return f"Resource not accessible by {'personal access token' if self.kind == 'user' else 'integration'}"
+
+    def holds(self, needs: str) -> bool:
+        """Whether a permission such as "issues=write" is held, or none is needed.
+
+        Of several ("issues=write; pull_requests=write") the first counts: the others are for pull requests only, which
+        nobody comments on or labels here.
+        """
+        name, _, level = needs.partition(";")[0].partition("=")
+        return self.permissions is None or not needs or grants(self.permissions, {name: level})
+
+
+def grants(held: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether these permissions hold those."""
+    return all(name in held and LEVELS.index(level) <= LEVELS.index(held[name]) for name, level in wanted.items())
+
+
+class AppSide(Protocol):
+    """What the stand-in asks of a GitHub App; standin_app has one."""
+
+    def identify(self, github: StandIn, token: str) -> Actor:
+        """The App whose JSON web token it is; HttpError if it is not as it should be."""
+
+    def sign_in(self, github: StandIn, token: str) -> Actor | None:
+        """The installation whose token it is, while the token is good."""
+
+
 class StandIn:
-    """GitHub with one user, one token, and a memory of all that it was asked."""
+    """GitHub with one user, one personal token, at most one App, and a memory of all that it was asked."""
 
     def __init__(
         self,
@@ -214,10 +266,16 @@ class StandIn:
         port: int = 0,
         check: Callable[[RecordedRequest], None] | None = None,
         graphql: Callable[[StandIn, RecordedRequest], Json] | None = None,
+        app: AppSide | None = None,
+        tls: ssl.SSLContext | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.root, self.token, self.check, self.graphql, self.now = root, token, check, graphql, now
-        self.login = "agent-runner"  # whose token it is
+        self.app, self.tls = app, tls
+        self.login = "agent-runner"  # whose personal token it is
+        self.scopes: str | None = "repo"  # of that token; None: it tells none and may do everything
+        self.fine_grained: dict[str, str] | None = None  # its permissions, which make it a fine-grained one
+        self.token_expiration: str | None = None  # such as "2026-12-01 00:00:00 UTC"
         self.log: list[RecordedRequest] = []
         self.problems: list[str] = []
         self.faults: list[Fault] = []
@@ -229,12 +287,13 @@ class StandIn:
         self.repositories: dict[str, Repository] = {}
         self.lock = threading.RLock()
         self.stopping = threading.Event()
+        self._asking = threading.local()
         self._ids = itertools.count(1001)
         (root / "home").mkdir(parents=True, exist_ok=True)
         self._server: _Server | None = _Server(self, port)
         self._thread: threading.Thread | None = None
         self.port: int = self._server.server_address[1]
-        self.server_url = f"http://127.0.0.1:{self.port}"
+        self.server_url = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
         self.api_url = self.server_url + API_PREFIX
 
     # Life.
@@ -524,13 +583,41 @@ class StandIn:
 
     # Inner needs of the request handling below.
 
+    @property
+    def actor(self) -> Actor | None:
+        """Who has signed in with the request that this thread answers."""
+        return cast("Actor | None", getattr(self._asking, "actor", None))
+
+    @actor.setter
+    def actor(self, actor: Actor | None) -> None:
+        self._asking.actor = actor
+
+    def sign_in(self, token: str) -> Actor | None:
+        """Whose token it is, a personal one or that of an App's installation."""
+        if token == self.token:
+            return self.user()
+        return self.app.sign_in(self, token) if self.app else None
+
+    def user(self) -> Actor:
+        """Whoever has the personal token.
+
+        https://docs.github.com/en/apps/oauth-apps/building-oauth-apps/scopes-for-oauth-apps#available-scopes
+        """
+        if self.fine_grained is not None:
+            return Actor(self.login, "user", lambda _: True, {"metadata": "read", **self.fine_grained})
+        scopes = {scope.strip() for scope in ("repo" if self.scopes is None else self.scopes).split(",")}
+        whole = "repo" in scopes
+        may_write = whole or "public_repo" in scopes
+        return Actor(self.login, "user", lambda repo: whole or not repo.private, may_write=may_write)
+
     def find(self, name: str) -> Repository | None:
         """The repository, unless the token may not see it."""
         try:
             repo = self.repository(name)
         except KeyError:
             return None
-        return None if {repo.name, repo.full_name} & self.hidden else repo
+        unseen = self.actor is not None and not self.actor.sees(repo)
+        return None if unseen or {repo.name, repo.full_name} & self.hidden else repo
 
     def fault_for(self, request: RecordedRequest) -> Fault | None:
         with self.lock:
@@ -593,6 +680,11 @@ class Call:
     request: RecordedRequest
     args: dict[str, str]  # the path's parameters, decoded
     tail: str  # the path below /repos/{owner}/{repo}
+
+    @property
+    def actor(self) -> Actor:
+        assert self.github.actor is not None
+        return self.github.actor
 
     @property
     def query(self) -> dict[str, str]:
@@ -678,6 +770,8 @@ class Route:
     handler: Handler
     accepts: frozenset[str]  # query parameters (GET) or body keys (others) that are served
     locked: bool
+    serves: str  # "app" and "user": only that kind of actor; "token": both kinds that have one
+    needs: str  # as Actor.holds takes it
 
 
 ROUTES: list[Route] = []
@@ -685,17 +779,34 @@ REPO = "/repos/{owner}/{repo}"
 ISSUE = REPO + "/issues/{number}"
 
 
-def route(method: str, template: str, accepts: str = "", *, locked: bool = True) -> Callable[[Handler], Handler]:
+def route(
+    method: str, template: str, accepts: str = "", *, locked: bool = True, serves: str = "token"
+) -> Callable[[Handler], Handler]:
     """Register a handler; `locked`: it runs with the state to itself."""
     pattern = template.replace("{number}", r"(?P<number>\d+)")
     pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern)
 
     def register(handler: Handler) -> Handler:
         known = frozenset(accepts.split())
-        ROUTES.append(Route(method, re.compile(pattern), handler, known, locked))
+        ROUTES.append(Route(method, re.compile(pattern), handler, known, locked, serves, needed(method, template)))
         return handler
 
     return register
+
+
+def needed(method: str, template: str) -> str:
+    """The permission that a route needs, in the words of the header x-accepted-github-permissions.
+
+    https://docs.github.com/en/rest/authentication/permissions-required-for-github-apps
+    """
+    level = "read" if method == "GET" else "write"
+    if not template.startswith(REPO):
+        return ""
+    if "/pulls" in template:
+        return f"pull_requests={level}"
+    if "/comments" in template or "/labels" in template:
+        return f"issues={level}; pull_requests={level}"
+    return f"issues={level}" if "/issues" in template else "metadata=read"
 
 
 def answer_api(github: StandIn, request: RecordedRequest, raw: bytes) -> tuple[Answer, bytes]:
@@ -730,6 +841,7 @@ def serve_rest(github: StandIn, request: RecordedRequest, raw: bytes) -> Answer:
     if raw and request.json is None:
         raise HttpError(400, "Problems parsing JSON")
     check_content(github, request, found)
+    check_access(call, found)
     if found.locked:
         with github.lock:
             return found.handler(call)
@@ -738,7 +850,10 @@ def serve_rest(github: StandIn, request: RecordedRequest, raw: bytes) -> Answer:
 
 def serve_graphql(github: StandIn, request: RecordedRequest, raw: bytes) -> Answer:
     """https://docs.github.com/en/graphql/guides/forming-calls-with-graphql"""
-    authorise(github, request)
+    actor = authorise(github, request)
+    if actor.kind == "app":
+        github.problem(request, "this is not for Apps, but for their installations")
+        raise HttpError(401, NO_JWT)
     if github.graphql is None or request.method != "POST" or request.query:
         github.problem(request, "the stand-in has no such route")
         raise HttpError(404, "Not Found")
@@ -751,20 +866,66 @@ def serve_graphql(github: StandIn, request: RecordedRequest, raw: bytes) -> Answ
         # https://docs.github.com/en/graphql/overview/rate-limits-and-node-limits-for-the-graphql-api
         error = {"type": "RATE_LIMITED", "message": "API rate limit exceeded for user ID 1."}
         limited, left = github.graphql_remaining <= 0, max(0, github.graphql_remaining - 1)
-        data = {"errors": [error]} if limited else github.graphql(github, request)
+        data = {"errors": [error]} if limited else permitted(actor, github.graphql(github, request))
         github.graphql_remaining = left
     return Answer(200, data, {"x-ratelimit-resource": "graphql", "x-ratelimit-remaining": str(left)})
 
 
-def authorise(github: StandIn, request: RecordedRequest) -> None:
-    """https://docs.github.com/en/rest/using-the-rest-api/getting-started-with-the-rest-api"""
+def permitted(actor: Actor, data: Json) -> Json:
+    """What an actor gets to see of a query's answer; a refusal, too, comes with status 200."""
+    if actor.holds("issues=read") or not (data["data"] or {}).get("repository"):
+        return data
+    error = {"type": "FORBIDDEN", "path": ["repository", "issue"], "extensions": {"saml_failure": False}}
+    return {"data": {"repository": {"issue": None}}, "errors": [error | {"message": actor.refusal}]}
+
+
+def authorise(github: StandIn, request: RecordedRequest) -> Actor:
+    """https://docs.github.com/en/rest/authentication/authenticating-to-the-rest-api"""
     if not request.headers.get("user-agent"):
         raise HttpError(403, "Request forbidden by administrative rules. No User-Agent header.")
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() not in ("bearer", "token"):
         raise HttpError(401, "Requires authentication")
-    if token.strip() != github.token:
+    token = token.strip()
+    if scheme.lower() == "bearer" and is_jwt(token):
+        if github.app is None:
+            raise HttpError(401, NO_JWT)
+        actor: Actor | None = github.app.identify(github, token)
+    else:
+        actor = github.sign_in(token)
+    if actor is None:
         raise HttpError(401, "Bad credentials")
+    github.actor = actor
+    return actor
+
+
+def is_jwt(token: str) -> bool:
+    """An installation's token is none, although it has one in it.
+
+    https://docs.github.com/en/rest/apps/apps#create-an-installation-access-token-for-an-app
+    """
+    return token.count(".") == 2 and not token.startswith("ghs_")
+
+
+def check_access(call: Call, found: Route) -> None:
+    """Refuse what the actor may not do. Of a repository that it may not see it does not hear that there is one.
+
+    https://docs.github.com/en/rest/using-the-rest-api/troubleshooting-the-rest-api
+    """
+    actor = call.actor
+    if (actor.kind == "app") != (found.serves == "app"):
+        call.github.problem(call.request, f"this is not for a request that is signed in as {actor.kind}")
+        raise HttpError(401, NO_JWT)
+    if found.serves == "user" and actor.kind != "user":
+        raise HttpError(403, actor.refusal)
+    if "repo" in call.args and call.github.find(f"{call.args['owner']}/{call.args['repo']}") is None:
+        raise HttpError(404, "Not Found")
+    if found.method != "GET" and not actor.may_write:
+        raise HttpError(404, "Not Found")
+    if not actor.holds(found.needs):
+        refusal = HttpError(403, actor.refusal)
+        refusal.answer.headers["x-accepted-github-permissions"] = found.needs
+        raise refusal
 
 
 def check_version(github: StandIn, request: RecordedRequest) -> None:
@@ -801,7 +962,23 @@ def rest_headers(github: StandIn) -> dict[str, str]:
         "x-ratelimit-used": str(max(0, github.rate_limit - left)),
         "x-ratelimit-reset": str(github.rate_reset),
         "x-ratelimit-resource": "core",
+        **token_headers(github),
     }
+
+
+def token_headers(github: StandIn) -> dict[str, str]:
+    """What GitHub tells of a personal token; a fine-grained one has no scopes.
+
+    https://docs.github.com/en/apps/oauth-apps/building-oauth-apps/scopes-for-oauth-apps
+    https://github.blog/changelog/2021-07-26-expiration-options-for-personal-access-tokens/
+    """
+    if github.actor is None or github.actor.kind != "user":
+        return {}
+    told = {
+        "x-oauth-scopes": None if github.fine_grained is not None else github.scopes,
+        "github-authentication-token-expiration": github.token_expiration,
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def find_route(github: StandIn, request: RecordedRequest) -> tuple[Route, Call]:
@@ -815,7 +992,8 @@ def find_route(github: StandIn, request: RecordedRequest) -> tuple[Route, Call]:
         if not names:
             raise HttpError(404, "Not Found")
     for found in ROUTES:
-        match = found.pattern.fullmatch(path) if found.method == request.method else None
+        served = found.method == request.method and (found.serves != "app" or github.app is not None)
+        match = found.pattern.fullmatch(path) if served else None
         if match:
             args = {key: unquote(value) for key, value in match.groupdict().items()}
             tail = re.sub(r"^/repos/[^/]+/[^/]+", "", path)
@@ -867,9 +1045,9 @@ def whole_number(text: str | None, default: int) -> int:
 # The routes: the user and the repository.
 
 
-@route("GET", "/user")
+@route("GET", "/user", serves="user")
 def get_user(call: Call) -> Answer:
-    return Answer(200, render_user(call.github.login))
+    return Answer(200, render_user(call.actor.login))
 
 
 @route("GET", "/rate_limit")
@@ -945,10 +1123,10 @@ def create_issue(call: Call) -> Answer:
     title = call.text("Issue", "title", MAX_TITLE, required=True)
     body = call.text("Issue", "body", MAX_BODY)
     labels = label_names(call)
-    values = call.github.new_issue(call.repo, title or "", body, call.github.login, "COLLABORATOR")
+    values = call.github.new_issue(call.repo, title or "", body, call.actor.login, call.actor.association)
     issue = call.repo.issues[values["number"]] = Issue(**values)
     for name in labels:
-        call.github.label_issue(call.repo, issue, name, call.github.login)
+        call.github.label_issue(call.repo, issue, name, call.actor.login)
     return Answer(201, render_issue(call, issue))
 
 
@@ -970,7 +1148,7 @@ def list_comments(call: Call) -> Answer:
 @route("POST", ISSUE + "/comments", "body")
 def create_comment(call: Call) -> Answer:
     issue, body = call.issue, comment_body(call)
-    comment = call.github.new_comment(issue, body, call.github.login, "COLLABORATOR")
+    comment = call.github.new_comment(issue, body, call.actor.login, call.actor.association)
     return Answer(201, render_comment(call, issue, comment))
 
 
@@ -1007,7 +1185,7 @@ def add_labels(call: Call) -> Answer:
     if not names:
         raise invalid("Label", "name", "missing_field")
     for name in names:
-        call.github.label_issue(call.repo, issue, name, call.github.login)
+        call.github.label_issue(call.repo, issue, name, call.actor.login)
     return Answer(200, labels_of(call, issue))
 
 
@@ -1113,7 +1291,7 @@ def list_pulls(call: Call) -> Answer:
 def create_pull(call: Call) -> Answer:
     repo = call.repo
     if repo.name in call.github.push_denied:
-        raise HttpError(403, "Resource not accessible by personal access token")
+        raise HttpError(403, call.actor.refusal)
     title = call.text("PullRequest", "title", MAX_TITLE, required=True) or ""
     body = call.text("PullRequest", "body", MAX_BODY)
     head, base, heads = compared(call)
@@ -1122,7 +1300,7 @@ def create_pull(call: Call) -> Answer:
             if (pull.state, pull.head, pull.base) == ("open", head, base):
                 text = f"A pull request already exists for {repo.owner}:{head}."
                 raise invalid("PullRequest", None, "custom", text)
-        values = call.github.new_issue(repo, title, body, call.github.login, "COLLABORATOR")
+        values = call.github.new_issue(repo, title, body, call.actor.login, call.actor.association)
         more = {"base": base, "head_sha": heads[head], "base_sha": heads[base]}
         pull = call.github.new_pull(repo, values, head, **more)
         pull.draft = call.body.get("draft") is True
@@ -1184,7 +1362,9 @@ def render_user(login: str) -> Json:
 
 
 def render_repository(github: StandIn, repo: Repository) -> Json:
-    may_push = repo.name not in github.push_denied
+    # Whoever is no user has no role.
+    has_role = github.actor is not None and github.actor.kind == "user"
+    may_push = has_role and repo.name not in github.push_denied
     return {
         "id": repo.id,
         "node_id": f"R_{repo.id}",
@@ -1204,7 +1384,7 @@ def render_repository(github: StandIn, repo: Repository) -> Json:
             "maintain": False,
             "push": may_push,
             "triage": may_push,
-            "pull": True,
+            "pull": has_role,
         },
     }
 
@@ -1317,18 +1497,35 @@ def admit_git(github: StandIn, request: RecordedRequest) -> tuple[Repository, st
         github.problem(request, "neither the API nor git")
         raise GitError(404, "Not Found")
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic" or basic_password(secret) != github.token:
+    actor = git_actor(github, basic_password(secret)) if scheme.lower() == "basic" else None
+    if actor is None:
         text = "Invalid username or token. Password authentication is not supported."
         raise GitError(401, text, www_authenticate='Basic realm="GitHub"')
+    github.actor = actor
     name, service = match[1], request.query.get("service", match[2][1:])
     repo = github.find(name)
     if repo is None:
         raise GitError(404, "Repository not found.")
     if service not in ("git-upload-pack", "git-receive-pack"):
         raise GitError(403, "Please upgrade your git client.")
-    if service == "git-receive-pack" and repo.name in github.push_denied:
-        raise GitError(403, f"Permission to {name}.git denied to {github.login}.")
+    check_git_access(github, actor, repo, service == "git-receive-pack")
     return repo, match[2]
+
+
+def git_actor(github: StandIn, token: str) -> Actor | None:
+    try:
+        return github.sign_in(token)
+    except HttpError as refusal:
+        raise GitError(refusal.answer.status, str(refusal)) from None
+
+
+def check_git_access(github: StandIn, actor: Actor, repo: Repository, push: bool) -> None:
+    """Who may not even read is told of writing, in GitHub's own words."""
+    if not actor.holds("contents=read"):
+        raise GitError(403, "Write access to repository not granted.")
+    may_push = actor.may_write and actor.holds("contents=write") and repo.name not in github.push_denied
+    if push and not may_push:
+        raise GitError(403, f"Permission to {repo.full_name}.git denied to {actor.login}.")
 
 
 def basic_password(secret: str) -> str:
@@ -1379,7 +1576,7 @@ def backend_env(github: StandIn, repo: Repository, tail: str, request: RecordedR
         "PATH_INFO": f"/{repo.name}.git{tail}",
         "QUERY_STRING": urlencode(request.query),
         "REQUEST_METHOD": request.method,
-        "REMOTE_USER": github.login,
+        "REMOTE_USER": github.actor.login if github.actor else "",
         "REMOTE_ADDR": "127.0.0.1",
         "CONTENT_TYPE": headers.get("content-type", ""),
         "HTTP_CONTENT_ENCODING": headers.get("content-encoding", ""),
@@ -1422,6 +1619,14 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # HTTPServer would ask the name service who we are
 
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        if self.github.tls is None:
+            return connection, address
+        # The handshake comes with the first read, and so in the connection's own thread.
+        tls = self.github.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return tls, address
+
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
         self.connections[thread] = request
@@ -1435,7 +1640,7 @@ class _Server(ThreadingHTTPServer):
         open_now = list(self.connections.items())
         for _, connection in open_now:
             with contextlib.suppress(OSError):  # closed by the other side already
-                connection.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # TLS's own would trouble a thread that reads
         for thread, _ in open_now:
             if thread is not threading.current_thread():
                 thread.join(5)
@@ -1471,6 +1676,7 @@ class _Handler(BaseHTTPRequestHandler):
             json=parse_json(raw),
         )
         self.github.log.append(request)
+        self.github.actor = None  # the connection may have served somebody else
         fault = self.github.fault_for(request) or Fault()
         if fault.action:
             fault.action()

@@ -1006,6 +1006,7 @@ def recorded(method: str, path: str, body: Any = None, **query: str) -> Recorded
         recorded("GET", "/repositories/7/milestones"),
         recorded("PUT", "/user"),
         recorded("GET", f"/repos/{REPO}/collaborators/octocat/permissions"),
+        recorded("POST", "/app/installations/7/access_tokens", {"permissions": {"issues": "admin"}}),
     ],
     ids=lambda request: f"{request.method} {request.path} {request.query} {request.json}",
 )
@@ -1025,6 +1026,8 @@ def test_a_request_that_github_does_not_describe_is_refused(request_: RecordedRe
         recorded("GET", PULLS, head="acme:agent-task-1", state="all"),
         recorded("GET", "/user"),
         recorded("GET", f"/repos/{REPO}/collaborators/octocat/permission"),
+        recorded("GET", "/repositories/7/installation"),
+        recorded("POST", "/app/installations/7/access_tokens"),
     ],
     ids=lambda request: f"{request.method} {request.path}",
 )

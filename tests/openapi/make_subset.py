@@ -21,7 +21,10 @@ REPO = "/repos/{owner}/{repo}"
 ROUTES = {
     "/user": ["get"],
     "/rate_limit": ["get"],
+    "/app": ["get"],
+    "/app/installations/{installation_id}/access_tokens": ["post"],
     REPO: ["get"],
+    f"{REPO}/installation": ["get"],
     f"{REPO}/collaborators/{{username}}/permission": ["get"],
     f"{REPO}/issues": ["get", "post"],
     f"{REPO}/issues/{{issue_number}}": ["get"],
