@@ -13,8 +13,10 @@ RUN apt-get update \
 ENV PYTHONUNBUFFERED=1
 WORKDIR /app
 
+# Further packages: "PyJWT[crypto]>=2.8,<3" for sign-in as a GitHub App.
+ARG EXTRAS=""
 COPY requirements.txt .
-RUN pip install --no-cache-dir -r requirements.txt
+RUN pip install --no-cache-dir -r requirements.txt ${EXTRAS:+"$EXTRAS"}
 
 COPY runner.py .
 

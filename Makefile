@@ -3,7 +3,9 @@
 # make lint    check style, types and what is known to be unsafe
 # make audit   ask PyPI for known holes in the packages that runner.py needs
 # make race    run the tests that need the machine to themselves: many runners at one queue, greedy agents
+# make browser look at the status page with Chromium, which must be installed
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
+# make wake    measure how long it takes from a webhook to a claim
 # make clean   remove what these made
 #
 # They need Python 3.11 or newer, git and make; PYTHON=python3.12 picks another interpreter.
@@ -12,16 +14,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 TASKS := 2000
 
-.PHONY: demo test race lint audit soak clean
+.PHONY: demo test race browser lint audit soak wake clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
 
 test: .venv/development
-	$(BIN)/python -m pytest -n auto -m "not race" --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto -m "not race and not browser" --cov --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 race: .venv/development
 	$(BIN)/python -m pytest -m race
+
+browser: .venv/development
+	$(BIN)/python -m pytest -m browser
 
 # What looks like a password in tests is none.
 lint: .venv/development
@@ -37,6 +42,9 @@ audit: .venv/development
 soak: .venv/development
 	PYTHONPATH=tests $(BIN)/python bench/soak.py $(TASKS)
 
+wake: .venv/development
+	PYTHONPATH=tests $(BIN)/python bench/wake.py
+
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__
 
@@ -51,3 +59,4 @@ clean:
 .venv/development: requirements.txt requirements-dev.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import contextvars
 import ctypes
 import difflib
 import email.utils
@@ -26,11 +27,16 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import hmac
+import html
+import http.client
 import importlib.machinery
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import pwd
 import re
@@ -40,6 +46,8 @@ import select
 import shlex
 import shutil
 import signal
+import socket
+import socketserver
 import stat
 import struct
 import subprocess
@@ -47,14 +55,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, NamedTuple, TypeVar
-from urllib.parse import quote, quote_plus, urlencode, urljoin, urlsplit
+from typing import IO, Any, NamedTuple, TextIO, TypeVar
+from urllib.parse import parse_qs, quote, quote_plus, urlencode, urljoin, urlsplit
 
 import requests
 from dotenv import dotenv_values
@@ -75,6 +85,16 @@ PAGE_SIZE = 100
 SECONDARY_LIMIT_PAUSE = 60  # seconds, doubled each time
 MAX_PAUSE = 3660.0  # seconds; GitHub's quota is renewed every hour
 PATIENCE = 900  # seconds that a task waits for a GitHub that is out of reach
+WAKE_PAUSE = 0.2  # seconds between looks at the queue, however many webhooks come: GitHub allows 900 requests a minute
+WEBHOOK_PATIENCE = 5  # times AGENT_POLL_INTERVAL, between polls while webhooks come in
+WEBHOOKS_TRUSTED = 3600.0  # seconds after a webhook for which more are expected
+WEBHOOK_ECHO = 5  # seconds by which GitHub's lists may lag behind a webhook
+CONNECTIONS, HTTP_PATIENCE = 128, 10  # to the HTTP face at a time, and seconds that each may take, as at GitHub's end
+MAX_DELIVERY = 1024**2  # bytes of a webhook delivery; GitHub sends more only for events that are no news here
+DELIVERIES_KNOWN = 1000
+QUEUE_SHOWN = 100
+HISTORY_KEPT = 50  # attempts that the status page shows
+PROGRESS_PAUSE = 60  # seconds between two edits of comments that only tell how work goes on
 RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
 GIT_TIMEOUT = 1800
 CLAIM_TIMEOUT = 30  # seconds for git to read or move a claim
@@ -85,7 +105,11 @@ OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
 LOG_KEPT = 4 * 1024**2  # bytes of it that go to a file
 LOGS_KEPT = 50
 NOWHERE = Path(os.devnull)
+OWN_SECRETS = ("GITHUB_TOKEN", "GITHUB_APP_PRIVATE_KEY", "GITHUB_WEBHOOK_SECRET")  # what their variables begin with
+FRESH_TOKEN, FRESH_TOKEN_PAUSE = 30, 2  # seconds for which an App's token may not be known everywhere at GitHub
+TOKENS_KEPT = 30  # that are masked; an App has a new one for each repository and hour
 OUTPUT_LINES = 50  # lines of it that are shown
+LIVE_KEPT = 8 * 1024  # bytes of its end that can be seen while the agent runs
 _ABOUT = ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")
 AGENT_SIDE = [*(f"AGENT_TASK_{name}" for name in _ABOUT), "AGENT_SUMMARY_FILE"]  # the agent's own variables
 PROGRAM = [sys.executable, str(Path(__file__).absolute())]  # itself, once more: to supervise, or to serve a plug-in
@@ -119,6 +143,10 @@ class RunnerError(Exception):
 
 class ConfigError(RunnerError):
     """Variables are wrong; the message names all of them. Ends the program with exit code 2."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n  - ".join(["cannot start:", *problems]))
+        self.problems = problems
 
 
 class Stopping(RunnerError):
@@ -185,11 +213,26 @@ def _token(text: str) -> Secret:
     return Secret(text)
 
 
-def _token_file(text: str) -> Path | None:
-    with contextlib.suppress(OSError):
-        if not text or _token(Path(text).read_text("utf-8", "replace").strip()):
-            return Path(text).absolute() if text else None
-    raise ValueError(f"names the file {text!r}, which cannot be read or holds no token")
+def _key(text: str) -> Secret:
+    """A private key; where a value has to be one line, `\\n` stands for its line ends."""
+    text = text.replace("\\n", "\n").strip()
+    if text and not re.fullmatch(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----\s[\s\S]+\s-----END \1-----", text):
+        raise ValueError("must be a private key in PEM form, which begins with -----BEGIN")
+    return Secret(text)
+
+
+def _file_with(parse: Callable[[str], Secret], what: str) -> Callable[[str], Path | None]:
+    """A parser for the path of a file whose content `parse` takes."""
+
+    def parse_path(text: str) -> Path | None:
+        with contextlib.suppress(OSError):
+            if not text or parse(Path(text).read_text("utf-8", "replace").strip()):
+                return Path(text).absolute() if text else None
+        # Somebody may have put the secret itself there.
+        file = "a file" if re.match(r"-----BEGIN|gh[a-z]_|github_pat_", text) else f"the file {text!r}"
+        raise ValueError(f"names {file}, which cannot be read or holds no {what}")
+
+    return parse_path
 
 
 def _must(what: str, good: Callable[[str], Any], value: Callable[[str], Any] = str) -> Callable[[str], Any]:
@@ -226,12 +269,22 @@ _label = _must("have at most 50 characters, and no comma", lambda text: len(text
 _flag = _must("be yes or no", lambda text: text.lower() in _YES + _NO, lambda text: text.lower() in _YES)
 _sandbox = _must("be auto, required or off", lambda text: text.lower() in ("auto", "required", "off"), str.lower)
 _level = _must(f"be one of {', '.join(_LEVELS)}", lambda text: text.upper() in _LEVELS, str.upper)
+_format = _must("be text or json", lambda text: text.lower() in ("text", "json"), str.lower)
 _count = _must("be a whole number, 1 or more", lambda text: 1 <= int(text) <= 10**9, int)
+_app = _must("be the App's id, or its client id", re.compile(r"[A-Za-z0-9.]*").fullmatch)
+_installation = _must("be a number", re.compile(r"\d*").fullmatch)
+_port = _must("be a port, 1 to 65535", lambda text: not text or 1 <= int(text) <= 65_535, lambda text: int(text or 0))
 _refs = _must("be the start of a ref, such as refs/heads/agent-claims", re.compile(r"refs(/[A-Za-z0-9_-]+)+").fullmatch)
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _webhook_secret(text: str) -> Secret:
+    if 0 < len(text) < 16:
+        raise ValueError("must have 16 characters or more, so that nobody guesses it")
+    return Secret(text)
 
 
 _patterns = _must("be patterns as in .gitignore, with commas, on one line", str.isprintable, _names)
@@ -257,9 +310,14 @@ class Config:
     tokens: list[Secret] = field(repr=False)  # that were in use lately, the newest last
     unaudited: Counter[str] = field(repr=False)  # the events that AGENT_AUDIT_LOG lacks while it cannot be written to
     first_token: Secret = _variable("GITHUB_TOKEN", _token)
-    token_file: Path | None = _variable("GITHUB_TOKEN_FILE", _token_file)
+    token_file: Path | None = _variable("GITHUB_TOKEN_FILE", _file_with(_token, "token"))
+    app_id: str = _variable("GITHUB_APP_ID", _app)
+    first_app_key: Secret = _variable("GITHUB_APP_PRIVATE_KEY", _key)
+    app_key_file: Path | None = _variable("GITHUB_APP_PRIVATE_KEY_PATH", _file_with(_key, "private key"))
+    app_installation: str = _variable("GITHUB_APP_INSTALLATION_ID", _installation)
     api_url: str = _variable("GITHUB_API_URL", _url, "https://api.github.com")
     server_url: str = _variable("GITHUB_SERVER_URL", _url, "https://github.com")
+    webhook_secret: Secret = _variable("GITHUB_WEBHOOK_SECRET", _webhook_secret)
     dispatch_repo: str = _variable("AGENT_DISPATCH_REPO", _repo, "endomorphosis/lift_coding_dispatch")
     target_repo: str = _variable("AGENT_TARGET_REPO", _repo, "endomorphosis/lift_coding")
     allowed_targets: tuple[str, ...] = _variable("AGENT_ALLOWED_TARGETS", _names)
@@ -294,6 +352,9 @@ class Config:
     allow_workflows: bool = _variable("AGENT_ALLOW_WORKFLOWS", _flag, "no")
     commit_name: str = _variable("AGENT_COMMIT_NAME", str, "agent-runner")
     commit_email: str = _variable("AGENT_COMMIT_EMAIL", str)
+    http_host: str = _variable("AGENT_HTTP_HOST", str, "127.0.0.1")
+    http_port: int = _variable("AGENT_HTTP_PORT", _port)
+    log_format: str = _variable("AGENT_LOG_FORMAT", _format, "text")
     log_level: str = _variable("AGENT_LOG_LEVEL", _level, "INFO")
     audit_log: Path | None = _variable("AGENT_AUDIT_LOG", _log_file)
 
@@ -317,7 +378,7 @@ class Config:
         values["commit_email"] = values["commit_email"] or address  # no account's, so no stranger's picture is shown
         config = cls(**values)
         if problems := [*problems, *config._contradictions()]:
-            raise ConfigError("\n  - ".join(["cannot start:", *problems]))
+            raise ConfigError(problems)
         return config
 
     @classmethod
@@ -327,16 +388,16 @@ class Config:
 
     def _contradictions(self) -> Iterator[str]:
         """What is wrong with several variables together."""
-        if not (token := self.token):
-            yield "GITHUB_TOKEN is not set: put a GitHub token there or into a file .env, or set GITHUB_TOKEN_FILE"
-        if self.first_token and self.token_file:
-            yield "GITHUB_TOKEN and GITHUB_TOKEN_FILE are both set: leave one of them out"
+        yield from self._sign_in_problems()
+        if self.webhook_secret and not self.http_port:
+            yield "GITHUB_WEBHOOK_SECRET is set, but AGENT_HTTP_PORT is not: set the port on which webhooks come in"
         labels = {self.task_label, self.processing_label, self.done_label, self.failed_label}
         if len({label.lower() for label in labels}) < 4:
             yield "the four AGENT_*_LABEL variables must name four different labels"
+        own = secret_forms(tuple(("", value) for value in (self.token, self.app_key, self.webhook_secret) if value))
         for name in self.agent_env:
-            if name.startswith("GITHUB_TOKEN") or (token and token in self.env.get(name, "")):
-                yield f"AGENT_ENV must not name {name}: the agent never gets the runner's token"
+            if name.startswith(OWN_SECRETS) or any(value in self.env.get(name, "") for value in own):
+                yield f"AGENT_ENV must not name {name}: the agent never gets the runner's secrets"
         owns = [user_home(), self.state_dir, *map(Path, PROGRAM)]
         if self.sandbox != "off" and any(path.is_relative_to(self.home) for path in owns):
             yield "AGENT_HOME must hold neither the runner, its state nor its user's home: name a folder of its own"
@@ -345,6 +406,29 @@ class Config:
                 command_words(self, "", Path())
         except ValueError as error:
             yield f"AGENT_COMMAND {error}"
+
+    def _sign_in_problems(self) -> Iterator[str]:
+        """What is wrong with the ways to sign in, of which there must be one."""
+        ways = {"GITHUB_TOKEN": self.first_token, "GITHUB_TOKEN_FILE": self.token_file, "GITHUB_APP_ID": self.app_id}
+        chosen = [name for name, value in ways.items() if value]
+        names = ("GITHUB_APP_PRIVATE_KEY", "GITHUB_APP_PRIVATE_KEY_PATH")
+        keys = [name for name in names if self.env.get(name, "").strip()]
+        if not chosen:
+            others = "GITHUB_TOKEN_FILE or GITHUB_APP_ID"
+            yield f"GITHUB_TOKEN is not set: put a GitHub token there or into a file .env, or set {others}"
+        if len(chosen) > 1:
+            yield f"{' and '.join(chosen)} are both set: leave one of them out"
+        if len(keys) > 1:
+            yield f"{' and '.join(keys)} are both set: leave one of them out"
+        if self.app_id and not keys:
+            yield "GITHUB_APP_ID needs the App's private key: set GITHUB_APP_PRIVATE_KEY or GITHUB_APP_PRIVATE_KEY_PATH"
+        elif self.app_id and self.app_key:  # else it was told already what is wrong with it
+            try:
+                app_jwt(self.app_id, self.app_key, 0)
+            except ValueError as error:
+                yield f"{keys[0]} {error}"
+        elif keys and not self.app_id:
+            yield f"{keys[0]} is set, but GITHUB_APP_ID is not: the key belongs to an App"
 
     def unknown(self) -> Iterator[str]:
         """A warning for each AGENT_* variable that nothing reads, with the nearest known name."""
@@ -355,17 +439,29 @@ class Config:
 
     @property
     def token(self) -> Secret:
-        """The token of this moment: a task can outlive one, so its file is read each time."""
+        """The personal token of this moment: a task can outlive one, so its file is read each time."""
         with contextlib.suppress(OSError, ValueError):  # it may be about to be written
-            new = _token(self.token_file.read_text().strip()) if self.token_file else self.first_token
-            if new and new not in self.tokens[-1:]:
-                self.tokens[:] = [*self.tokens[-9:], new]
+            self.remember(_token(self.token_file.read_text().strip()) if self.token_file else self.first_token)
         return (self.tokens or [Secret()])[-1]
+
+    def remember(self, token: Secret, kept: int = 0) -> None:
+        """Has a token masked from now on, also for a while after the next ones, at least `kept`, have come."""
+        if token and token not in self.tokens[-1:]:
+            self.tokens[:] = [*self.tokens[1 - max(TOKENS_KEPT, kept) :], token]
+
+    @functools.cached_property
+    def app_key(self) -> Secret:
+        """The App's private key; "" if there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            return _key(self.app_key_file.read_text()) if self.app_key_file else self.first_app_key
+        return Secret()
 
     @property
     def secrets(self) -> tuple[tuple[str, str], ...]:
-        """What must not get out, as (variable, value): the tokens, the agent's longer values, their longer lines."""
+        """What must not get out, as (variable, value): the tokens, the other secrets of the runner, the agent's longer
+        values, and longer lines of these."""
         named = [(name, self.env.get(name, "").strip()) for name in self.agent_env]
+        named += [("GITHUB_APP_PRIVATE_KEY", self.app_key), ("GITHUB_WEBHOOK_SECRET", self.webhook_secret)]
         lines = [(name, line.strip()) for name, value in named for line in re.split(r"\n|\\n", value)]
         tokens = [("GITHUB_TOKEN", form) for token in self.tokens for form in (token, git_login(token))]
         lines = [(name, line) for name, line in lines if len(line) >= 16 and not line.startswith("-----")]
@@ -424,7 +520,68 @@ def git_login(token: str) -> str:
     return base64.b64encode(f"x-access-token:{token}".encode()).decode()
 
 
-# -- The audit log: what was done to GitHub, and by whom it was asked for. --------------------------
+# -- What is told: the log, the audit log and the metrics, with the same names in all three. ---------
+
+# What the work in this thread is about: `issue`, `task`, `attempt` and `phase`, as far as they are known.
+ABOUT: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("about")
+
+
+@contextlib.contextmanager
+def work_on(facts: Mapping[str, Any]) -> Iterator[None]:
+    """Has all that is written within be about this."""
+    before = ABOUT.set(facts)
+    try:
+        yield
+    finally:
+        ABOUT.reset(before)
+
+
+def about() -> dict[str, Any]:
+    """The facts that belong to each line that is written now."""
+    return {name: value for name, value in ABOUT.get({}).items() if value}
+
+
+class LogFormat(logging.Formatter):
+    """One line an event, without secrets: text, or JSON."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._config = config
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
+        record.message = " ".join([*(f"{name}={value}" for name, value in about().items()), record.message])
+        return printable(super().formatMessage(record)).replace("\n", " ")
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (the library's name)
+        return printable(super().formatException(ei))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._config.masked(self._json(record) if self._config.log_format == "json" else super().format(record))
+
+    def _json(self, record: logging.LogRecord) -> str:
+        at = f"{utc(record.created)[:-1]}.{int(record.msecs):03}Z"
+        line = {"time": at, "level": record.levelname, "message": printable(record.getMessage()), **about()}
+        return json.dumps(line | ({"exception": self.formatException(record.exc_info)} if record.exc_info else {}))
+
+
+class Terminal(logging.StreamHandler[TextIO]):
+    """A log on a terminal, with a last line below it that is written over: what goes on now."""
+
+    live = ""
+
+    def show(self, text: str) -> None:
+        """Writes the last line anew, cut off where the terminal ends."""
+        with self.lock or contextlib.nullcontext():
+            self.live = f"\x1b[?7l{text}\x1b[?7h" if text else ""
+            self._write("")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(self.format(record) + "\n")
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.stream.write(f"\r\x1b[2K{text}{self.live}")
+            self.stream.flush()
 
 
 def append(path: Path, line: bytes) -> None:
@@ -441,6 +598,7 @@ def audit(config: Config, event: str, **facts: Any) -> None:
     """Writes a line to AGENT_AUDIT_LOG, if there is one. The work does not hang on it."""
     if not config.audit_log:
         return
+    facts = {"dispatch": config.dispatch_repo, **about(), **facts}
     shown = {key: config.masked(value) if isinstance(value, str) else value for key, value in facts.items()}
     line = config.masked(json.dumps({"time": utc(time.time()), "event": event, **shown})) + "\n"
     try:
@@ -467,6 +625,100 @@ def audited(config: Config, event: str, **facts: Any) -> Iterator[dict[str, Any]
         raise
     finally:
         audit(config, event, **facts, seconds=round(time.monotonic() - begun, 1))
+
+
+class Metric(NamedTuple):
+    """A kind of Prometheus metric, its help, and the label that it has, with the values that are known beforehand: a
+    counter that is there from the start can be watched for its first step."""
+
+    kind: str
+    help: str
+    label: str = ""
+    known: tuple[str, ...] = ()
+
+
+OUTCOMES = ("done", "failed", "retry", "cancelled", "stopped", "skipped", "held", "dropped")
+PHASES = ("claiming", "checking", "preparing", "working", "publishing", "reporting", "waiting")
+BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600)  # seconds
+METRICS = {
+    "build_info": Metric("gauge", "1, with the version of the runner.", "version"),
+    "uptime_seconds": Metric("gauge", "Seconds since the runner was started."),
+    "healthy": Metric("gauge", "1 while looks at the queue succeed, else 0."),
+    "last_poll_timestamp_seconds": Metric("gauge", "When the queue was last read, in seconds since 1970; 0 is never."),
+    "polls_total": Metric("counter", "Looks at the queue.", "result", ("changed", "unchanged", "failed")),
+    "requests_total": Metric("counter", "Requests to GitHub's API; 0 is no answer.", "status", ("200", "304")),
+    "quota_limit": Metric("gauge", "Requests that GitHub allows in an hour.", "resource"),
+    "quota_remaining": Metric("gauge", "Requests that are left of it.", "resource"),
+    "quota_reset_timestamp_seconds": Metric("gauge", "When it is renewed, in seconds since 1970.", "resource"),
+    "paused_seconds": Metric("gauge", "Seconds for which nothing is sent, because GitHub's limit was reached."),
+    "queue_length": Metric("gauge", "Issues that wait for a runner."),
+    "tasks_running": Metric("gauge", "Tasks that this runner works on."),
+    "tasks_waiting": Metric("gauge", "Tasks of this runner that wait for another attempt."),
+    "tasks_total": Metric("counter", "Attempts that have ended.", "outcome", OUTCOMES),
+    "task_seconds": Metric("histogram", "How long attempts took.", "outcome", ("done", "failed")),
+    "phase_seconds": Metric("histogram", "How long their phases took.", "phase", PHASES[:-1]),
+    "claims_total": Metric("counter", "Claims to issues.", "result", ("won", "lost", "dropped")),
+    "webhooks_total": Metric("counter", "Webhook deliveries.", "result", ("news", "ignored", "repeated", "refused")),
+}
+
+
+class Metrics:
+    """What is counted and measured, for Prometheus."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[str, list[float]]] = {name: {} for name in METRICS}
+        for name, metric in METRICS.items():
+            if metric.kind != "gauge":
+                for value in metric.known or ("",):
+                    self._of(name, value)
+
+    def count(self, name: str, value: object = "") -> None:
+        """Counts one more, with this value of the metric's label."""
+        with self._lock:
+            self._of(name, value)[0] += 1
+
+    def set(self, name: str, number: float, value: object = "") -> None:
+        with self._lock:
+            self._of(name, value)[0] = float(number)
+
+    def observe(self, name: str, seconds: float, value: object = "") -> None:
+        with self._lock:
+            numbers = self._of(name, value)
+            numbers[0] += seconds
+            numbers[1 + next((i for i, top in enumerate(BUCKETS) if seconds <= top), len(BUCKETS))] += 1
+
+    def value(self, name: str, value: object = "") -> float | None:
+        """One number, if it is there."""
+        with self._lock:
+            return self._values[name].get(str(value), [None])[0]
+
+    def _of(self, name: str, value: object) -> list[float]:
+        """A counter's or gauge's number; a histogram's sum, and how many seconds fell into each bucket."""
+        size = len(BUCKETS) + 2 if METRICS[name].kind == "histogram" else 1
+        return self._values[name].setdefault(str(value), [0.0] * size)
+
+    def render(self) -> str:
+        """All of it as text: https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+        lines = []
+        with self._lock:
+            for name, metric in METRICS.items():
+                name_ = f"agent_runner_{name}"
+                lines += [f"# HELP {name_} {metric.help}", f"# TYPE {name_} {metric.kind}"]
+                for value, numbers in self._values[name].items():
+                    escaped = value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+                    label = f'{metric.label}="{escaped}"' if metric.label else ""
+                    one = f"{name_}{{{label}}} {numbers[0]}" if label else f"{name_} {numbers[0]}"
+                    lines += _histogram(name_, label, numbers) if numbers[1:] else [one]
+        return "\n".join([*lines, ""])
+
+
+def _histogram(name: str, label: str, numbers: Sequence[float]) -> Iterator[str]:
+    """The lines of one histogram, whose buckets hold all that the smaller ones hold too."""
+    for top, total in zip((*BUCKETS, "+Inf"), itertools.accumulate(numbers[1:]), strict=True):
+        yield f'{name}_bucket{{{label},le="{top}"}} {total}'
+    yield f"{name}_sum{{{label}}} {numbers[0]}"
+    yield f"{name}_count{{{label}}} {sum(numbers[1:])}"
 
 
 # -- The task: from an issue to a value, and on to text. Pure functions, in time linear in the text.
@@ -736,6 +988,10 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def issue_url(config: Config, number: int) -> str:
+    return f"{config.server_url}/{config.dispatch_repo}/issues/{number}"
+
+
 def cut(text: str, limit: int) -> str:
     """The text, if need be without its end, with a note that says so."""
     kept = max(0, limit - 60)
@@ -813,6 +1069,13 @@ def commit_message(task: Task, run: str) -> str:
 
 # -- GitHub's protocol: pure functions that say what an answer means. ------------------------------
 
+APP_ADVICE = {  # for the App's own requests
+    401: "The runner's owner should check that GITHUB_APP_ID and the private key belong to the same App.",
+    403: "The runner's owner should check the App's installation, which may be suspended.",
+    404: "The runner's owner should install the App on {}; docs/github-app.md says how.",
+    422: "The runner's owner should give the App's installation the repository {}, and the permissions that "
+    "docs/github-app.md lists.",
+}
 ADVICE = {
     401: "The runner's owner should check GITHUB_TOKEN: it is wrong, expired or revoked.",
     403: "The runner's owner should check what the token may do; README.md lists the permissions.",
@@ -828,6 +1091,7 @@ class Answer(NamedTuple):
     etag: str
     next_url: str
     at: float
+    headers: Mapping[str, str]
 
 
 def is_limit(status: int, headers: Mapping[str, str], text: str) -> bool:
@@ -867,6 +1131,63 @@ def refusal(method: str, path: str, status: int, data: Any) -> RunnerError:
     names = [error.get("type") or error.get("extensions") for error in found if isinstance(error, dict)]
     fault = status >= 500 or status == 408 or (status == 200 and any(n in (None, "RATE_LIMITED") for n in names))
     return Unreachable(what) if fault else ApiRefused(what, ADVICE.get(status, ""), status=status)
+
+
+def read_answer(method: str, path: str, response: requests.Response) -> Answer:
+    """What an answer brings; raises what `refusal` makes of it."""
+    data, status, headers = None, response.status_code, response.headers
+    with contextlib.suppress(requests.JSONDecodeError):
+        data = response.json()
+    if status >= 400 or (isinstance(data, dict) and data.get("errors")):
+        raise refusal(method, path, status, data)
+    if (response.content or (method, status) == ("GET", 200)) and not isinstance(data, dict | list):
+        raise Unreachable(f"the answer to {method} {path} is not GitHub's")  # but a proxy's or a hotel's page
+    next_url = str(response.links.get("next", {}).get("url", ""))
+    return Answer(status, data, headers.get("etag", ""), next_url, server_time(headers), headers)
+
+
+def app_jwt(app_id: str, key: str, now: float) -> str:
+    """What an App signs in with for at most ten minutes, at `now` seconds since 1970; raises ValueError("...").
+    https://docs.github.com/apps/creating-github-apps/authenticating-with-a-github-app/generating-a-json-web-token-jwt-for-a-github-app
+    """
+    try:
+        import jwt  # the optional package PyJWT[crypto]
+
+        # A minute ago, since no two clocks agree.
+        return jwt.encode({"iss": app_id, "iat": int(now) - 60, "exp": int(now) + 540}, key, "RS256")
+    except (ImportError, NotImplementedError):  # the latter without `crypto`
+        raise ValueError("needs another package: pip install 'PyJWT[crypto]>=2.8,<3'") from None
+    except (ValueError, TypeError, jwt.PyJWTError):
+        raise ValueError("is no RSA private key that can be used") from None
+
+
+def repo_of(path: str, usual: str) -> str:
+    """The repository that a path of the API is about; some name none, or only its number."""
+    return "/".join(path.split("/")[2:4]) if path.startswith("/repos/") else usual
+
+
+def is_signed(secret: str, body: bytes, signature: str) -> bool:
+    """Whether a webhook delivery is GitHub's, by its header X-Hub-Signature-256.
+    https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries"""
+    good = "sha256=" + hmac.new(secret.encode("utf-8", "surrogateescape"), body, hashlib.sha256).hexdigest()
+    return hmac.compare_digest(good.encode(), signature.encode("utf-8", "replace"))
+
+
+def is_news(event: str, payload: Any, config: Config) -> bool:
+    """Whether a webhook delivery may mean work, or its end: an issue of the dispatch repository with the task label has
+    changed, otherwise than by what the runner itself does to it.
+    https://docs.github.com/webhooks/webhook-events-and-payloads#issues"""
+    try:
+        action, label = payload.get("action"), str((payload.get("label") or {}).get("name", "")).lower()
+        if event != "issues" or action not in ("opened", "labeled", "reopened", "closed", "unlabeled"):
+            return False
+        if payload["repository"]["full_name"].lower() != config.dispatch_repo.lower():
+            return False
+        ends = () if action == "unlabeled" else (config.done_label.lower(), config.failed_label.lower())
+        own = label in (config.processing_label.lower(), *ends)
+        return not own and (label == config.task_label.lower() or has_label(payload["issue"], config.task_label))
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def has_label(issue: Mapping[str, Any], *labels: str) -> bool:
@@ -921,6 +1242,11 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
+def parse_utc(text: str) -> float:
+    """A time of GitHub's as seconds since 1970."""
+    return datetime.fromisoformat(text).timestamp()
+
+
 # -- GitHub's client: the only place that speaks HTTP. ---------------------------------------------
 
 
@@ -960,48 +1286,28 @@ def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event, patien
             pause = min(pause * 2, 60)
 
 
-class GitHub:
-    """GitHub's API, for all threads. Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a
-    limit lasts. Raises ApiRefused for 4xx, Unreachable for faults, Stopping when `stop` cuts a wait short."""
+class Http:
+    """Sends requests to GitHub's API, and to no other host."""
 
-    def __init__(self, config: Config, clock: Clock, stop: threading.Event) -> None:
-        self._config, self._clock, self._stop = config, clock, stop
-        self._dispatch = f"/repos/{config.dispatch_repo}"
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self._config, self._metrics = config, metrics
         # https://docs.github.com/enterprise-server/graphql/guides/forming-calls-with-graphql#the-graphql-endpoint
-        self._graphql = re.sub(r"(?<=/api)/v3\Z", "", config.api_url) + "/graphql"
-        self._lock = threading.Lock()
-        self._not_before = self._next_write = self._renewal = 0.0
-        self._limits_in_a_row, self._scarcity = 0, 1.0
+        self.graphql = re.sub(r"(?<=/api)/v3\Z", "", config.api_url) + "/graphql"
         self._session = requests.Session()
-        self._session.auth = self._sign_in  # requests would put ~/.netrc before a plain header
         self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"})
         self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
 
-    def request(self, method: str, path: str, body: Any = None, etag: str = "") -> Answer:
-        """One request, sent again only if GitHub refused it for a limit."""
-        while True:
-            with self._lock:
-                pause = self._not_before - self._clock.monotonic()
-                if pause > 0 and self._clock.wait(self._stop, pause):
-                    raise Stopping
-                if method != "GET" and path != self._graphql:  # which is only asked
-                    self._clock.wait(threading.Event(), max(0.0, self._next_write - self._clock.monotonic()))
-                    self._next_write = self._clock.monotonic() + self._config.write_interval
-                response = self._send(method, path, body, etag)
-                if not self._observe(response):
-                    return self._answer(method, path, response)
+    def writes(self, method: str, path: str) -> bool:
+        """Whether a request changes something; GraphQL is only asked."""
+        return method != "GET" and path != self.graphql
 
-    def _sign_in(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._config.token}"
-        return request
-
-    def _send(self, method: str, path: str, body: Any, etag: str) -> requests.Response:
-        """Sends; follows redirects itself, since requests would turn a moved POST into a GET.
+    def send(self, method: str, path: str, token: str, body: Any = None, etag: str = "") -> requests.Response:
+        """Sends; follows redirects itself, since requests would turn a moved POST into a GET. Raises Unreachable.
         https://docs.github.com/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
         url = path if "://" in path else self._config.api_url + path
         # An agent may have found a secret and told it.
         body = body and {k: self._config.masked(v) if k in ("title", "body") else v for k, v in body.items()}
-        options: dict[str, Any] = {"timeout": HTTP_TIMEOUT, "allow_redirects": False}
+        options: dict[str, Any] = {"timeout": HTTP_TIMEOUT, "allow_redirects": False, "auth": _bearer(token)}
         options["headers"] = {"If-None-Match": etag or None}  # requests leaves out what is None
         for _ in range(4):
             if urlsplit(url)[:2] != urlsplit(self._config.api_url)[:2]:
@@ -1013,7 +1319,8 @@ class GitHub:
             except requests.RequestException as error:
                 raise Unreachable(f"no answer to {method} {path}: {root_cause(error)}") from error
             finally:
-                if method != "GET" and path != self._graphql:
+                self._metrics.count("requests_total", status)
+                if self.writes(method, path):
                     audit(self._config, "write", method=method, path=urlsplit(url).path, status=status)
             log.debug("%s %s -> %d", method, url, response.status_code)
             if response.status_code not in (301, 302, 307, 308):
@@ -1022,13 +1329,162 @@ class GitHub:
                 url = urljoin(url, response.headers.get("location", ""))
         raise ApiRefused(f"{method} {path} is redirected without end")
 
+
+def _bearer(token: str) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
+    """Signs a request in; requests would put ~/.netrc before a plain header."""
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return sign
+
+
+@dataclass
+class Grant:
+    """An installation token: since when the runner has it, when it wants another one, and whether it has worked yet.
+    Times on the monotonic clock."""
+
+    token: Secret
+    since: float
+    until: float
+    permissions: Mapping[str, str]
+    proven: bool = False
+
+
+class SignIn:
+    """What the runner signs in with, for all threads: the personal token, or as an App an installation token for each
+    repository, and another one, which can do no more than that, for git. A token lasts an hour; the next one is got
+    when a tenth of that is left, so also in the middle of a task.
+    https://docs.github.com/apps/creating-github-apps/authenticating-with-a-github-app/authenticating-as-a-github-app-installation
+    """
+
+    def __init__(self, config: Config, clock: Clock | None = None, metrics: Metrics | None = None) -> None:
+        self.config, self._clock = config, clock or Clock()
+        self._http = Http(config, metrics or Metrics())
+        self._grants: dict[tuple[str, bool], Grant] = {}
+        self._skew = 0.0  # how far GitHub's clock is ahead of this machine's
+        self._not_before = 0.0  # when the App may ask again after it met a limit, on the monotonic clock
+        self._lock = threading.Lock()
+
+    def token(self, repo: str, push: bool = False) -> Secret:
+        """A token for a repository's API, or for git there."""
+        return self.grant(repo, push).token if self.config.app_id else self.config.token
+
+    def grant(self, repo: str, push: bool = False) -> Grant:
+        """The App's token for a repository, new if need be. Raises ApiRefused or Unreachable."""
+        with self._lock:
+            grant = self._grants.get((repo.lower(), push))
+            if not grant or self._clock.monotonic() >= grant.until:
+                grant = self._grants[repo.lower(), push] = self._make(repo, push)
+                self.config.remember(grant.token, 2 * len(self._grants))
+            return grant
+
+    def worked(self, token: str) -> None:
+        """Takes note that GitHub knows a token."""
+        for grant in list(self._grants.values()):
+            grant.proven = grant.proven or grant.token == token
+
+    def forgives(self, tokens: Sequence[str], status: int, stop: threading.Event) -> bool:
+        """Whether to ask again after an answer 401, 403 or 404 to the last of these tokens. All of GitHub may not know
+        a new one for some seconds: then it waits a moment. If it was a 401, there may be another token; once."""
+        grant = next((grant for grant in list(self._grants.values()) if grant.token == tokens[-1]), None)
+        if grant and not grant.proven and self._clock.monotonic() - grant.since < FRESH_TOKEN:
+            log.warning("GitHub may not know the App's new token yet: it is tried again")
+            if self._clock.wait(stop, FRESH_TOKEN_PAUSE):
+                raise Stopping
+            return True
+        if grant and status == 401:
+            grant.until = 0
+        # An App's token that is not among them any more: another thread has got the next one already.
+        other = bool(self.config.app_id) or self.config.token != tokens[-1]
+        return status == 401 and other and len({*tokens}) == 1
+
+    def _make(self, repo: str, push: bool) -> Grant:
+        """https://docs.github.com/rest/apps/apps#create-an-installation-access-token-for-an-app"""
+        begun, body = self._clock.monotonic(), dict[str, Any](repositories=[repo.partition("/")[2]])
+        if push:
+            workflows = {"workflows": "write"} if self.config.allow_workflows else {}
+            body["permissions"] = {"contents": "write", "metadata": "read"} | workflows
+        found = self.config.app_installation or self._ask("GET", f"/repos/{repo}/installation", repo).data["id"]
+        made = self._ask("POST", f"/app/installations/{found}/access_tokens", repo, body)
+        life = parse_utc(made.data["expires_at"]) - (made.at or self._clock.now())
+        return Grant(Secret(made.data["token"]), begun, begun + life * 0.9, made.data.get("permissions") or {})
+
+    def _ask(self, method: str, path: str, repo: str, body: Any = None) -> Answer:
+        """A request of the App itself. If its clock may be to blame for an answer 401, it is sent again by GitHub's."""
+        if (pause := self._not_before - self._clock.monotonic()) > 0:
+            raise Unreachable(f"GitHub's limit for the App is reached, for {pause:.0f} s more")
+        for again in (True, False):
+            token = app_jwt(self.config.app_id, self.config.app_key, self._clock.now() + self._skew)
+            response = self._http.send(method, path, token, body)
+            if at := server_time(response.headers):
+                self._skew = at - self._clock.now()
+            if response.status_code != 401 or not again:
+                break
+        if is_limit(response.status_code, response.headers, response.text):
+            self._not_before = self._clock.monotonic() + limit_pause(response.headers, 0)
+            raise Unreachable("GitHub's limit for the App is reached")
+        try:
+            return read_answer(method, path, response)
+        except ApiRefused as refused:
+            kind = 401 if "Integration not found" in refused.why else refused.status
+            advice = APP_ADVICE.get(kind, "").format(repo)
+            if refused.status == 404 and path.startswith("/app/"):
+                advice = "The runner's owner should check GITHUB_APP_INSTALLATION_ID: the App has no such installation."
+            raise ApiRefused(refused.why, advice, status=refused.status) from None
+
+
+class GitHub:
+    """GitHub's API, for all threads. Requests go out one by one, writes AGENT_WRITE_INTERVAL apart, none while a
+    limit lasts. Raises ApiRefused for 4xx, Unreachable for faults, Stopping when `stop` cuts a wait short, or when a
+    client that does not wait would have to."""
+
+    def __init__(
+        self, config: Config, clock: Clock, stop: threading.Event,
+        metrics: Metrics | None = None, sign_in: SignIn | None = None, waits: bool = True
+    ) -> None:  # fmt: skip
+        self._config, self._clock, self._stop, self._waits = config, clock, stop, waits
+        self._metrics = metrics or Metrics()
+        self._sign_in = sign_in or SignIn(config, clock, self._metrics)
+        self._http = Http(config, self._metrics)
+        self._dispatch = f"/repos/{config.dispatch_repo}"
+        self._lock = threading.Lock()
+        self._not_before = self._next_write = self._renewal = 0.0
+        self._limits_in_a_row, self._scarcity = 0, 1.0
+
+    def request(self, method: str, path: str, body: Any = None, etag: str = "", repo: str = "") -> Answer:
+        """One request, sent again only if GitHub refused it for a limit, or its token. `repo` is for a path that names
+        no repository, and is not about the dispatch repository."""
+        repo, tokens = repo or repo_of(path, self._config.dispatch_repo), list[str]()
+        while True:
+            with self._lock:
+                pause = self._not_before - self._clock.monotonic()
+                if pause > 0 and (not self._waits or self._clock.wait(self._stop, pause)):
+                    raise Stopping
+                if self._http.writes(method, path):
+                    self._clock.wait(threading.Event(), max(0.0, self._next_write - self._clock.monotonic()))
+                    self._next_write = self._clock.monotonic() + self._config.write_interval
+                tokens.append(self._sign_in.token(repo))
+                response = self._http.send(method, path, tokens[-1], body, etag)
+                if self._observe(response):
+                    continue
+            status = response.status_code
+            if status < 400:
+                self._sign_in.worked(tokens[-1])
+            if status not in (401, 403, 404) or not self._sign_in.forgives(tokens, status, self._stop):
+                return read_answer(method, path, response)
+
     def _observe(self, response: requests.Response) -> bool:
         """Learns from the rate-limit headers; whether this request was refused for a limit."""
         headers = response.headers
         with contextlib.suppress(KeyError, ValueError):
             limit, left = int(headers["x-ratelimit-limit"]), int(headers["x-ratelimit-remaining"])
+            reset, resource_ = float(headers["x-ratelimit-reset"]), headers.get("x-ratelimit-resource", "core")
             self._scarcity = max(1.0, limit / 5 / max(1, left))
-            self._renewal = self._clock.monotonic() + float(headers["x-ratelimit-reset"]) - server_time(headers)
+            self._renewal = self._clock.monotonic() + reset - server_time(headers)
+            for name, value in {"limit": limit, "remaining": left, "reset_timestamp_seconds": reset}.items():
+                self._metrics.set(f"quota_{name}", value, resource_)
         limited = is_limit(response.status_code, headers, response.text)
         if limited or headers.get("x-ratelimit-remaining") == "0":
             pause = limit_pause(headers, self._limits_in_a_row)
@@ -1037,20 +1493,13 @@ class GitHub:
         self._limits_in_a_row = self._limits_in_a_row + 1 if limited else 0
         return limited
 
+    def paused(self) -> float:
+        """Seconds for which nothing is sent, because a limit was met."""
+        return max(0.0, self._not_before - self._clock.monotonic())
+
     def poll_pause(self, interval: float) -> float:
         """Seconds from one poll to the next: longer with less than a fifth of the quota left, which is for work."""
         return max(interval, min(interval * self._scarcity, self._renewal - self._clock.monotonic()))
-
-    def _answer(self, method: str, path: str, response: requests.Response) -> Answer:
-        data, status, headers = None, response.status_code, response.headers
-        with contextlib.suppress(requests.JSONDecodeError):
-            data = response.json()
-        if status >= 400 or (isinstance(data, dict) and data.get("errors")):
-            raise refusal(method, path, status, data)
-        if (response.content or (method, status) == ("GET", 200)) and not isinstance(data, dict | list):
-            raise Unreachable(f"the answer to {method} {path} is not GitHub's")  # but a proxy's or a hotel's page
-        next_url = str(response.links.get("next", {}).get("url", ""))
-        return Answer(status, data, headers.get("etag", ""), next_url, server_time(headers))
 
     def _repeat(self, method: str, path: str, body: Any = None, last: bool = False) -> Answer:
         """A request that may be sent twice; while GitHub is away a `last` one is for seconds, whatever `stop` says."""
@@ -1093,7 +1542,7 @@ class GitHub:
         body = {"query": HISTORY, "variables": {"owner": owner, "name": name, "number": issue["number"]}}
 
         def step() -> list[Change]:
-            known = self.request("POST", self._graphql, body).data["data"]["repository"]["issue"]
+            known = self.request("POST", self._http.graphql, body).data["data"]["repository"]["issue"]
             if known["updatedAt"] < issue["updated_at"]:  # a replica that lags may not know of the last edit
                 raise Unreachable(f"GraphQL shows issue {issue['number']} as it was before")
             return read_history(known, self._config.task_label)
@@ -1159,14 +1608,14 @@ class GitHub:
 
     def _find_pull(self, repo: str, branch: str, marker: str) -> dict[str, Any] | None:
         query = urlencode({"head": f"{repo.split('/')[0]}:{branch}", "state": "all", "per_page": PAGE_SIZE})
-        pulls = [pull for pull in self._pages(f"/repos/{repo}/pulls?{query}") if pull["head"]["ref"] == branch]
+        pulls = [pull for pull in self._pages(f"/repos/{repo}/pulls?{query}", repo) if pull["head"]["ref"] == branch]
         own = [pull for pull in pulls if marker in str(pull["body"])]
         return next(iter(own or [pull for pull in pulls if pull["state"] == "open"]), None)
 
-    def _pages(self, url: str) -> Iterator[dict[str, Any]]:
+    def _pages(self, url: str, repo: str = "") -> Iterator[dict[str, Any]]:
         """All rows of a list. Links are followed as given: they lead to other paths."""
         while url:
-            answer = self.request("GET", url)
+            answer = self.request("GET", url, repo=repo)
             yield from answer.data or []
             url = answer.next_url
 
@@ -1190,13 +1639,15 @@ class Row(NamedTuple):
     processing: bool
     repo: str
     body: str
+    title: str
 
     @classmethod
     def of(cls, issue: Mapping[str, Any], config: Config) -> Row:
         body = hashlib.sha256(str(issue["body"]).encode("utf-8", "replace")).hexdigest()
         processing = has_label(issue, config.processing_label)
-        repo = claim_repo(parse_task(issue, config), config)
-        return cls(issue["number"], str(issue["updated_at"]), is_queued(issue, config), processing, repo, body)
+        task = parse_task(issue, config)
+        repo, queued = claim_repo(task, config), is_queued(issue, config)
+        return cls(issue["number"], str(issue["updated_at"]), queued, processing, repo, body, task.title[:256])
 
 
 Page = tuple[str, list[Row], str]  # its ETag, its rows, the address of the next one
@@ -1218,9 +1669,9 @@ class Queue:
         self._handled: dict[int, str] = {}
         self.waiting: dict[int, Row] = {}
 
-    def poll(self) -> None:
-        """Reads what changed. Raises Unreachable or ApiRefused, and then has changed nothing."""
-        pages, at = self._read()
+    def poll(self) -> bool:
+        """Reads what changed; whether something has. Raises Unreachable or ApiRefused, and then has changed nothing."""
+        pages, at, changed = self._read()
         rows = {row.number: row for _, page, _ in pages.values() for row in page}
         self._handled = {n: updated for n, updated in self._handled.items() if n in rows}
         for row in rows.values():
@@ -1235,6 +1686,7 @@ class Queue:
         since = utc(at - 180)
         if settled and self._seen and sum(row.updated >= since for row in rows.values()) < PAGE_SIZE:
             self._since, self._pages, self._seen = since, {}, {}
+        return changed
 
     def handled(self, number: int, updated: str) -> None:
         """Remembers how new the issue was when it was run: a list that lags shows it unrun."""
@@ -1242,12 +1694,13 @@ class Queue:
         if number in self.waiting and self.waiting[number].updated <= updated:
             del self.waiting[number]
 
-    def _read(self) -> tuple[dict[str, Page], float]:
-        """The list's pages by their addresses, and the server's time when it was begun."""
+    def _read(self) -> tuple[dict[str, Page], float, bool]:
+        """The list's pages by their addresses, the server's time when it was begun, and whether one has changed."""
         query = {"labels": self._config.task_label, "state": "open", "per_page": PAGE_SIZE}
         query |= {"sort": "created", "direction": "asc"} | ({"since": self._since} if self._since else {})
         url, at = f"/repos/{self._config.dispatch_repo}/issues?{urlencode(query)}", 0.0
         pages: dict[str, Page] = {}
+        changed = False
         while url and url not in pages:
             etag, rows, next_url = self._pages.get(url, ("", [], ""))
             # A full last page stays the same when the next one comes to be; only its Link changes.
@@ -1257,9 +1710,9 @@ class Queue:
                 if not isinstance(answer.data, list) or not all(isinstance(row, dict) for row in answer.data):
                     raise Unreachable(f"the answer to GET {url} is no list of issues")
                 rows = [Row.of(issue, self._config) for issue in answer.data]
-                etag, next_url = answer.etag, answer.next_url
+                etag, next_url, changed = answer.etag, answer.next_url, True
             pages[url], at, url = (etag, rows, next_url), at or answer.at, next_url
-        return pages, at
+        return pages, at, changed
 
 
 # -- Processes: the only place that starts one. ----------------------------------------------------
@@ -1402,7 +1855,10 @@ GIT_ENV = {
     "GIT_ATTR_NOSYSTEM": "1",
 }
 CHECKOUT_CONFIG = "[core]\nrepositoryformatversion = 0\nbare = false\n[user]\nname = agent\nemail = agent@localhost\n"
-GIT_INHERITS = re.compile(r"PATH|TMPDIR|SSL_CERT_(FILE|DIR)|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.I)
+NETWORK = re.compile(  # variables that say how to reach a server, for requests and for git
+    r"SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|GIT_SSL_CAINFO|(https?|all|no)_proxy", re.IGNORECASE
+)
+GIT_INHERITS = re.compile(rf"PATH|TMPDIR|{NETWORK.pattern}", re.IGNORECASE)
 
 
 class Git:
@@ -1410,9 +1866,13 @@ class Git:
     environment: never in an argument, an address or a file.
     https://git-scm.com/docs/git-config#Documentation/git-config.txt-GITCONFIGCOUNT"""
 
-    def __init__(self, config: Config, stop: threading.Event | None = None) -> None:
-        self._config, self.stop = config, stop or threading.Event()
-        self._env = {k: v for k, v in config.env.items() if GIT_INHERITS.fullmatch(k)} | GIT_ENV
+    def __init__(self, sign_in: SignIn, stop: threading.Event | None = None) -> None:
+        self._sign_in, self._config, self.stop = sign_in, sign_in.config, stop or threading.Event()
+        env = {k: v for k, v in self._config.env.items() if GIT_INHERITS.fullmatch(k)}
+        env = {k.lower(): v for k, v in env.items() if k.endswith("_PROXY")} | env  # git knows small letters best
+        bundle = env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE") or ""  # which git does not know
+        kind = "GIT_SSL_CAPATH" if os.path.isdir(bundle) else "GIT_SSL_CAINFO"
+        self._env = ({kind: bundle} if bundle else {}) | env | GIT_ENV
 
     def url(self, repo: str) -> str:
         return f"{self._config.server_url}/{repo}.git"
@@ -1421,27 +1881,41 @@ class Git:
         self, *command: str, git_dir: Path, work_tree: Path | None = None, stdin: bytes = b"",
         remote: str = "", env: Mapping[str, str] | None = None, timeout: float = GIT_TIMEOUT
     ) -> str:  # fmt: skip
-        """What one git command prints; it has the token if it speaks to a `remote` repository, which it names. Raises
+        """What one git command prints; it has a token if it speaks to a `remote` repository, which it names. Raises
         GitFailed or, with `remote`, what that means for the task."""
+        tokens: list[str] = []
+        while True:
+            tokens.append(self._sign_in.token(remote, push=True) if remote else "")
+            try:
+                place = {**self._place(git_dir, work_tree, tokens[-1]), **(env or {})}
+                done = run_process(["git", *command], work_tree or git_dir, place, timeout, stdin, self.stop)
+            except OSError as error:
+                raise GitFailed(f"git does not start: {error}", output=str(error)) from error
+            if not (done.code or done.late):
+                break
+            said = [done.err.strip(), encodable(done.out).strip(), done.late]
+            output = "\n".join(filter(None, said)) or f"status {done.code}"
+            failure = GitFailed(f"git {command[0]} failed: {output}", output=output)
+            if not remote:
+                raise failure
+            status = 401 if UNAUTHORISED.search(output) else 404 if FORBIDDEN.search(output) else 0
+            if not (status and self._sign_in.forgives(tokens, status, self.stop)):
+                raise remote_failure(failure, remote)
+        self._sign_in.worked(tokens[-1])
+        return done.out
+
+    def _place(self, git_dir: Path, work_tree: Path | None, token: str) -> dict[str, str]:
+        """The environment of one git process."""
         settings, server = dict(GIT_SETTINGS), self._config.server_url
-        if remote:
-            settings[f"http.{server}/.extraHeader"] = f"Authorization: Basic {git_login(self._config.token)}"
+        if token:
+            settings[f"http.{server}/.extraHeader"] = f"Authorization: Basic {git_login(token)}"
             settings[f"protocol.{urlsplit(server).scheme}.allow"] = "always"
-        place = {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings)), **(env or {})}
+        place = self._env | {"GIT_DIR": str(git_dir), "GIT_CONFIG_COUNT": str(len(settings))}
         for index, (key, value) in enumerate(settings.items()):
             place |= {f"GIT_CONFIG_KEY_{index}": key, f"GIT_CONFIG_VALUE_{index}": value}
         if work_tree:
             place |= {"GIT_WORK_TREE": str(work_tree), "GIT_INDEX_FILE": str(git_dir / "index")}
-        try:
-            done = run_process(["git", *command], work_tree or git_dir, self._env | place, timeout, stdin, self.stop)
-        except OSError as error:
-            raise GitFailed(f"git does not start: {error}", output=str(error)) from error
-        if done.code or done.late:
-            said = [done.err.strip(), encodable(done.out).strip(), done.late]
-            output = "\n".join(filter(None, said)) or f"status {done.code}"
-            failure = GitFailed(f"git {command[0]} failed: {output}", output=output)
-            raise remote_failure(failure, remote) if remote else failure
-        return done.out
+        return place
 
     def refs(self, repo: str, *names: str) -> tuple[str, dict[str, str]]:
         """A remote repository's default branch, and the commits of those of these refs that are there."""
@@ -1472,10 +1946,12 @@ class Git:
                 raise
 
 
+UNAUTHORISED = re.compile("could not read username|authentication failed|returned error: 401", re.IGNORECASE)
+FORBIDDEN = re.compile("not found|returned error: 40[34]", re.IGNORECASE)
 REMOTE_FAILURES = {  # what git says: what it means, and what to do
     r"without `workflows?` (scope|permission)": ("does not let this token push workflows.", ADVICE[403]),
     r"returned error: 30\d|from redirection": ("has moved.", "Use its new name."),
-    r"not found|could not read username|authentication failed|returned error: 40[134]": (
+    f"{UNAUTHORISED.pattern}|{FORBIDDEN.pattern}": (
         "cannot be read or pushed to: it does not exist, or the token may not.",
         f"{ADVICE[404]} README.md lists the permissions.",
     ),
@@ -1905,13 +2381,18 @@ class Claim:
         except RefMoved:
             return False
         self.held = True
-        threading.Thread(target=self._keep, name=f"claim-{self._ref}", daemon=True).start()
+        keep = functools.partial(contextvars.copy_context().run, self._keep)
+        threading.Thread(target=keep, name=f"claim-{self._ref}", daemon=True).start()
         return True
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was renewed."""
+        return self._clock.monotonic() - self._renewed
 
     def check(self) -> None:
         """Raises ClaimLost if the issue may be another runner's by now."""
-        late = self._clock.monotonic() - self._renewed
-        if not self.lost and late > self._config.lease * 2 / 3:
+        if not self.lost and (late := self.age) > self._config.lease * 2 / 3:
             self._lose(f"it was not renewed for {duration(late)}")
         if self.lost:
             raise ClaimLost(self.lost)
@@ -1958,7 +2439,7 @@ class Claim:
         patience: float = PATIENCE, timeout: float = GIT_TIMEOUT
     ) -> None:  # fmt: skip
         """Moves the ref to a commit, and a branch with it. Raises ClaimLost, or RefMoved if it is not ours."""
-        git = Git(self._config, None if self.held else self._halt)
+        git = Git(self._runner.sign_in, None if self.held else self._halt)
 
         def step() -> None:
             if self.held:
@@ -1985,7 +2466,7 @@ class Claim:
         record |= {"time": utc(self._clock.now()), "body": self._body}
         write_repository(self.path)  # as it was, whatever has been written there meanwhile
         parent = ("-p", self._commit) if self.held else ()
-        return write_record(Git(self._config), self.path, record, *parent)
+        return write_record(Git(self._runner.sign_in), self.path, record, *parent)
 
     def _lose(self, why: str) -> None:
         self.lost = self.lost or why
@@ -2058,7 +2539,8 @@ def landlock_version() -> int:
 def hidden_paths(config: Config) -> set[Path]:
     """What no agent may read: all that the runner keeps, where its secrets are, and other ways into GitHub."""
     credentials = (user_home() / name for name in CREDENTIALS)
-    paths = {config.state_dir, config.token_file, config.audit_log, *Path.cwd().glob(".env*"), *credentials}
+    own = (config.state_dir, config.token_file, config.app_key_file, config.audit_log)
+    paths = {*own, *Path.cwd().glob(".env*"), *credentials}
     return {form for path in paths if path and path.exists() for form in (path.absolute(), path.resolve())}
 
 
@@ -2148,16 +2630,23 @@ class Output:
         self.size, self.tail = 0, b""
 
     def add(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-OUTPUT_KEPT:]
         with contextlib.suppress(OSError):  # the disk may be full
             self._file.write(data[: max(0, LOG_KEPT - self.size)])
+            if self.size + len(data) > LOG_KEPT:  # for who wants to see how it goes; written over by what comes next
+                self._file.seek(LOG_KEPT)
+                self._file.write(b"\n" + self.tail[-LIVE_KEPT:])
             self._file.flush()
         self.size += len(data)
-        self.tail = (self.tail + data)[-OUTPUT_KEPT:]
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            if (missing := self.size - LOG_KEPT - len(self.tail)) > 0:
-                self._file.write(b"\n[... %d bytes left out ...]\n" % missing + self.tail)
+            if self.size > LOG_KEPT:
+                self._file.seek(LOG_KEPT)
+                missing = max(0, self.size - LOG_KEPT - len(self.tail))
+                self._file.write(b"\n[... %d bytes left out ...]\n" % missing if missing else b"")
+                self._file.write(self.tail[max(0, LOG_KEPT - self.size + len(self.tail)) :])
+                self._file.truncate()
             self._file.close()
 
 
@@ -2359,11 +2848,27 @@ def make_order(
 
 def agent_log(config: Config, task: Task) -> Path:
     """The file for what the agent of this attempt prints; deletes the oldest of these."""
-    folder = config.state_dir / "logs"
-    folder.mkdir(exist_ok=True)
-    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]:
+    file = log_path(config, task.number, task.attempt)
+    file.parent.mkdir(exist_ok=True)
+    for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]:
         old.unlink(missing_ok=True)
-    return folder / f"{task.number}-{task.attempt}.log"
+    return file
+
+
+def log_path(config: Config, number: int, attempt: int) -> Path:
+    return config.state_dir / "logs" / f"{number}-{attempt}.log"
+
+
+def last_line(config: Config, file: Path) -> str:
+    """The last whole line that an agent has printed so far, without secrets: "" if there is none yet."""
+    with contextlib.suppress(OSError), file.open("rb") as output:
+        begin = max(0, output.seek(0, os.SEEK_END) - LIVE_KEPT)
+        output.seek(begin)
+        # Neither the first nor the last piece may be whole, and half a secret cannot be known as one.
+        pieces = re.split(r"[\r\n]", output.read().decode("utf-8", "replace"))[1 if begin else 0 : -1]
+        lines = (" ".join(printable(config.masked(piece)).split()) for piece in reversed(pieces))
+        return next(filter(None, lines), "")[:200]
+    return ""
 
 
 def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished, str]:
@@ -2378,15 +2883,18 @@ def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished,
     env = {**dict(zip(AGENT_SIDE, map(encodable, about), strict=True)), "TMPDIR": str(tmp)}
     reach = {"write": [place.path, tmp], "read": [file, work.checkout.lenders[0] / "objects"]}
     order = make_order(config, command, place.path, env, stdin, log_file, timeout=config.task_timeout, **reach)
-    facts = {"issue": task.reference, "repo": task.target_repo, "program": Path(command[0]).name}
+    facts = {"repo": task.target_repo, "program": Path(command[0]).name}
     audit(config, "agent started", **facts)
-    with audited(config, "agent ended", **facts) as end:
-        done = run_supervised(config, order, work.stop)
-        end["outcome"] = done.late or f"status {done.code}"
+    try:
+        with audited(config, "agent ended", **facts) as end:
+            done = run_supervised(config, order, work.stop)
+            end["outcome"] = done.late or f"status {done.code}"
+    finally:  # also of an agent that was stopped
+        if log_file.exists():
+            log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
     # Masked before it is made harmless, which could change a secret so that it is not known any more.
     done = done._replace(out=config.masked(done.out))
-    log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
-    log.info("issue=%d task=%s the agent's output is in %s", task.number, task.slug, log_file)
+    log.info("the agent's output is in %s", log_file)
     if done.late:
         raise early_end(done, config)
     return done, config.masked(read_regular(summary))
@@ -2480,6 +2988,11 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
 
 
 STOPPED = "The runner was stopped. The task is queued, and starts over when it is back."
+PROGRESS = {
+    "preparing": "The repository is being fetched.",
+    "working": "The agent is at work.",
+    "publishing": "The change is being published.",
+}
 
 
 class Attempt:
@@ -2498,9 +3011,14 @@ class Attempt:
         self._updated = row.updated if row else ""
         self._refused: TaskFailed | None = None  # why the target cannot be had
         self._run, self._again = self.claim.nonce, bool(seen.record)  # whether some of it may have been done
-        self._git = Git(self._config, self.halt)
+        self._git = Git(runner.sign_in, self.halt)
         self._comments: dict[str, int] = {}
         self._cancelled, self._etag = "", ""
+        self.task: Task | None = None
+        self.facts: dict[str, Any] = {"issue": number, "task": "", "attempt": 0, "phase": "claiming"}
+        self.title, self.why, self.pull = row.title if row else "", "", ""
+        self.begun = self._phase_begun = self.told = runner.clock.monotonic()
+        self._telling, self.milestone = threading.Lock(), False
 
     @property
     def _github(self) -> GitHub:
@@ -2512,10 +3030,12 @@ class Attempt:
         """One attempt: how it ended, as "done", "failed", "retry", "cancelled", "stopped", "skipped", "held" (another
         runner has the issue) or "dropped" (it has it now). Raises what makes it impossible to tell it on the issue;
         the claim stays then until somebody takes it over."""
-        self._begun, outcome = self._runner.clock.monotonic(), "dropped"
+        self.begun = self._phase_begun = self.told = self._runner.clock.monotonic()
+        self.facts["phase"], outcome = "claiming", "dropped"
         try:
             if self.claim.held:
                 self.claim.attempt += 1
+                self.facts["attempt"] = self.claim.attempt
                 self.claim.renew()
             elif not self._take():
                 return "held"
@@ -2523,13 +3043,52 @@ class Attempt:
             if outcome != "retry":
                 self.claim.release()
         except ClaimLost as lost:
-            log.warning("issue=%d dropped, for the claim is lost: %s", self.number, lost)
+            self.why = str(lost)
+            self._runner.metrics.count("claims_total", "dropped")
+            log.warning("dropped, for the claim is lost: %s", lost)
         finally:
             if outcome != "retry":
                 self.claim.close()
         return outcome
 
+    def shown_at_work(self) -> dict[str, Any]:
+        """What it shows while the attempt runs."""
+        claim = {"epoch": self.claim.epoch, "renewed": round(self.claim.age, 1) if self.claim.held else 0}
+        now = {"phase": self.facts["phase"], "seconds": round(self.elapsed), "last_line": self.last_line}
+        return self.shown() | now | {"claim": claim}
+
+    def shown(self) -> dict[str, Any]:
+        """What the status page shows of it in any case."""
+        target = self.task.target_repo if self.task else self.claim.repo
+        facts = {name: self.facts[name] for name in ("issue", "task", "attempt")}
+        return {**facts, "title": self.title, "url": issue_url(self._config, self.number), "target": target}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this attempt began."""
+        return self._runner.clock.monotonic() - self.begun
+
+    @property
+    def next_tale(self) -> float:
+        """When it may be told again how far the work is: less often, the longer it takes; a milestone at once."""
+        return 0.0 if self.milestone else self.told + max(PROGRESS_PAUSE, (self.told - self.begun) / 4)
+
+    def enter(self, phase: str) -> None:
+        """Notes that the next part of the work begins. Of a task that takes long the issue is told that."""
+        now = self._runner.clock.monotonic()
+        self._runner.metrics.observe("phase_seconds", now - self._phase_begun, self.facts["phase"])
+        self.facts["phase"], self._phase_begun = phase, now
+        if phase in PROGRESS and self.elapsed >= PROGRESS_PAUSE:
+            self.milestone = True
+            self._runner.wake.set()
+
     def _take(self) -> bool:
+        won = self._take_somewhere()
+        self._runner.metrics.count("claims_total", "won" if won else "lost")
+        self.facts["attempt"] = self.claim.attempt
+        return won
+
+    def _take_somewhere(self) -> bool:
         try:
             return self.claim.take()
         except TaskFailed as refused:
@@ -2546,7 +3105,9 @@ class Attempt:
         try:
             if (issue := self._read_again()) is None:
                 return "skipped"
-            task = parse_task(issue, self._config, self.claim.attempt)
+            task = self.task = parse_task(issue, self._config, self.claim.attempt)
+            self.facts["task"], self.title = task.slug, task.title
+            self.enter("checking")
             if not self._refused and claim_repo(task, self._config).lower() != self.claim.repo.lower():
                 self.moved = Row.of(issue, self._config)
                 return "skipped"
@@ -2558,10 +3119,11 @@ class Attempt:
         try:
             self._check(task)
             self._check_edits(task)
-            log.info("issue=%d task=%s attempt=%d in %s", self.number, task.slug, task.attempt, task.target_repo)
-            self._say(f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}.")
+            log.info("begun in %s", task.target_repo)
+            self._say(self._working(task))
             pull = self._carry_out(task)
         except Stopping:
+            self.enter("reporting")
             self.claim.check()
             self.release(self._cancelled or STOPPED)
             return "cancelled" if self._cancelled else "stopped"
@@ -2572,17 +3134,18 @@ class Attempt:
         except ClaimLost:
             raise
         except Exception:
-            log.exception("issue=%d a fault of the runner", self.number)
+            log.exception("a fault of the runner")
             return self._failed(task, TaskFailed("The runner met a fault; its log says more."))
+        self.pull = f"{self._config.server_url}/{task.target_repo}/pull/{pull['number']}"
         rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
         self._close(task, "done", f"Done: {pull['html_url']}", rows)
-        log.info("issue=%d task=%s done: %s", self.number, task.slug, pull["html_url"])
+        log.info("done: %s", pull["html_url"])
         return "done"
 
     def _check(self, task: Task) -> None:
         """Logs what of the issue is not passed on. Raises TaskFailed for a task that must not or cannot be run."""
         if task.hidden:
-            log.warning("issue=%d not passed on, for nobody sees it: %s", self.number, task.hidden)
+            log.warning("not passed on, for nobody sees it: %s", task.hidden)
         check_task(task, self._config)
         if self._refused:
             raise self._refused
@@ -2595,13 +3158,13 @@ class Attempt:
         except ApiRefused as refused:
             if refused.status not in (301, 404, 410, 451):
                 raise
-            log.warning("issue=%d skipped: %s", self.number, refused)
+            log.warning("skipped: %s", refused)
             self.settled = "" if refused.status == 404 else self._updated
             return None
         if is_queued(issue, self._config):
             return issue
         labels = ", ".join(label["name"] for label in issue["labels"]) or "none"
-        log.warning("issue=%d skipped: it is %s, its labels: %s", self.number, issue["state"], labels)
+        log.warning("skipped: it is %s, its labels: %s", issue["state"], labels)
         self.settled = str(issue["updated_at"])
         if has_label(issue, self._config.processing_label):
             over = is_wanted(issue, self._config)  # but done or failed, as the last comment says
@@ -2637,7 +3200,7 @@ class Attempt:
         try:
             issue, self._etag = self._runner.github.changed(self.number, self._etag)
         except RunnerError as error:
-            log.debug("issue=%d cannot be read: %s", self.number, error)
+            log.debug("issue %d cannot be read: %s", self.number, error)
             return
         if issue and not is_wanted(issue, self._config):
             what = "was closed" if issue["state"] != "open" else f"lost its label {code(self._config.task_label)}"
@@ -2647,6 +3210,7 @@ class Attempt:
 
     def _carry_out(self, task: Task) -> dict[str, Any]:
         """Work, commit, push, pull request: what the task is about."""
+        self.enter("preparing")
         patiently, mirror = self._runner.patiently, Mirror(self._git, self._config, task.target_repo)
         base_ref, ref = f"refs/heads/{task.base}" if task.base else "HEAD", f"refs/heads/{task.branch}"
         default, refs = patiently(lambda: self._git.refs(task.target_repo, "HEAD", base_ref, ref))
@@ -2660,6 +3224,7 @@ class Attempt:
             if unfinished:
                 commit = patiently(lambda: mirror.sound(fetch))
                 summary, output, stat = "", "", diffstat(self._git, mirror.path, commit, old)
+                self.enter("publishing")
             else:
                 summary, output, stat = self._publish(task, mirror, base, fetch, old)
         text = pull_body(task, base, summary, stat, self._run, output)
@@ -2683,11 +3248,14 @@ class Attempt:
 
         checkout = self._runner.patiently(lambda: mirror.sound(fill))
         try:
+            log_path(self._config, self.number, task.attempt).unlink(missing_ok=True)  # of an earlier run
+            self.enter("working")
             summary, output = process_task(Work(task, checkout, self._config, self.halt))
+            self.enter("publishing")
             if not (made := checkout.commit(commit_message(task, self._run), self._config)):
                 advice = "If there is something to change, say more precisely what and where."
                 raise TaskFailed("The agent changed nothing.", advice, output)
-            log.info("issue=%d task=%s made commit %s", self.number, task.slug, made)
+            log.info("made commit %s", made)
             stat = diffstat(self._git, checkout.git_dir, checkout.workspace.commit, made)
             self.claim.renew({f"refs/heads/{task.branch}": (old, made)}, checkout.git_dir)
             return summary, output, stat
@@ -2712,14 +3280,15 @@ class Attempt:
                 why = f"Somebody has added commits to the branch {code(task.branch)}, which another run would replace."
                 raise TaskFailed(why, "Give this task an id of its own, or delete the branch.")
             return False
-        log.info("issue=%d task=%s was pushed before", self.number, task.slug)
+        log.info("the branch was pushed before")
         self._run, self._again = run, True
         return True
 
     def _failed(self, task: Task, failure: TaskFailed) -> str:
-        log.warning("issue=%d task=%s failed: %s", self.number, task.slug, failure.why)
+        self.why = failure.why
+        log.warning("failed: %s", failure.why)
         if isinstance(failure, Refused):
-            audit(self._config, "refused", issue=task.reference, author=task.author, reason=failure.why)
+            audit(self._config, "refused", author=task.author, reason=failure.why)
         again = f"To run it again, take the label {code(self._config.failed_label)} off this issue."
         text = blocks(f"**Failed.** {harmless(failure.why)}", harmless(failure.advice), again)
         self._close(task, "failed", text, {}, failure.output)
@@ -2727,13 +3296,18 @@ class Attempt:
 
     def _close(self, task: Task, end: str, text: str, rows: Mapping[str, str], output: str = "") -> None:
         """The last comment, then the label: an issue with the label has its comment."""
-        took = duration(self._runner.clock.monotonic() - self._begun)
+        self.enter("reporting")
+        took = duration(self.elapsed)
+        with self._telling:  # what is being told just now counts too
+            told = self.told > self.begun
+        if told:  # else it would go on to say what the agent does
+            self._say(f"Worked on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}, {took}.")
         rows = {"Task": code(task.task_id), **rows, "Attempt": str(task.attempt), "Duration": took}
         body = render_comment(self._run, "end", blocks(text, table(rows)), output, metadata_comment(task.metadata))
         try:
             self._comment("end", body)
         except ApiRefused as refused:  # a conversation can be locked; the labels still tell the end
-            log.error("issue=%d no comment: %s", self.number, refused)
+            log.error("no comment: %s", refused)
         self._github.add_label(self.number, getattr(self._config, f"{end}_label"), LABELS[end])
         self._github.remove_label(self.number, self._config.processing_label)
         self.settled = str(task.issue["updated_at"])
@@ -2741,26 +3315,68 @@ class Attempt:
     def _retry(self, task: Task, retry: TaskRetry) -> str:
         if task.attempt >= self._config.max_attempts:
             return self._failed(task, TaskFailed(f"{retry.why} ({task.attempt} attempts)", "", retry.output))
+        self.enter("reporting")  # from now on nobody else tells anything
         clock, why = self._runner.clock, f"Attempt {task.attempt} did not work out: {harmless(retry.why)}"
         pause = clock.jitter(RETRY_PAUSE * 2.0 ** (task.attempt - 1))
-        log.warning("issue=%d task=%s again in %.0f s: %s", self.number, task.slug, pause, retry.why)
+        self.why = retry.why
+        log.warning("again in %.0f s: %s", pause, retry.why)
         self._say(blocks(why, f"It will be tried again in {duration(pause)}."), retry.output)
         self.due = clock.monotonic() + pause
         return "retry"
 
     def release(self, why: str) -> None:
         """Takes the issue out of work without an end."""
-        self._github.remove_label(self.number, self._config.processing_label, last=True)
-        log.info("issue=%d released. %s", self.number, why)
-        if why and (self._comments or self._again):
-            self._say(why)
+        with work_on(self.facts):
+            self._github.remove_label(self.number, self._config.processing_label, last=True)
+            log.info("released. %s", why)
+            if why and (self._comments or self._again):
+                self._say(why)
+
+    def _working(self, task: Task) -> str:
+        """What the comment says while the task is in work; after a minute also how far it is."""
+        text = f"Working on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}."
+        if self.facts["phase"] not in PROGRESS or self.elapsed < PROGRESS_PAUSE:
+            return text
+        line = self.last_line
+        told = f"{PROGRESS[self.facts['phase']]} {duration(self.elapsed)} so far."
+        return blocks(text, told + (" The last line of its output:" if line else ""), fenced(line) if line else "")
+
+    @property
+    def last_line(self) -> str:
+        """What the agent has printed last, while it is at work."""
+        if self.facts["phase"] != "working":
+            return ""
+        return last_line(self._config, log_path(self._config, self.number, self.facts["attempt"]))
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether there is a comment, and work, of which it can tell."""
+        return bool(self.task) and self.facts["phase"] in PROGRESS and "start" in self._comments
+
+    def tell(self) -> None:
+        """Has the first comment say how far the work is, if nothing else is being said there; the loop wants that."""
+        self.milestone = False
+        if not self._telling.acquire(blocking=False):
+            return
+        try:
+            if self.task and self.can_tell:
+                self.told = self._runner.clock.monotonic()
+                body = {"body": render_comment(self._run, "start", self._working(self.task))}
+                path = f"/repos/{self._config.dispatch_repo}/issues/comments/{self._comments['start']}"
+                with work_on(self.facts):
+                    self._github.request("PATCH", path, body)
+        except RunnerError as error:
+            log.debug("no progress is told: %s", error)
+        finally:
+            self._telling.release()
 
     def _say(self, text: str, output: str = "") -> None:
         """The comment that tells how the task goes on. The work does not hang on it."""
         try:
-            self._comment("start", render_comment(self._run, "start", text, output))
+            with self._telling:
+                self._comment("start", render_comment(self._run, "start", text, output))
         except (ApiRefused, Unreachable) as error:
-            log.warning("issue=%d no comment: %s", self.number, error)
+            log.warning("no comment: %s", error)
 
     def _comment(self, step: str, body: str) -> None:
         """One of the run's two comments: made once, edited from then on, also by who takes the run over."""
@@ -2779,9 +3395,10 @@ class Runner:
     claims of all runners."""
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
-        self.config, self.clock = config, clock or Clock()
+        self.config, self.clock, self.metrics = config, clock or Clock(), Metrics()
         self.stop, self.kill, self.wake = threading.Event(), threading.Event(), threading.Event()
-        self.github = GitHub(config, self.clock, self.stop)
+        self.sign_in = SignIn(config, self.clock, self.metrics)
+        self.github = GitHub(config, self.clock, self.stop, self.metrics, self.sign_in)
         self.patiently = functools.partial(patiently, clock=self.clock, stop=self.stop)
         self.queue = Queue(config, self.github)
         self.seen: dict[int, Seen] = {}
@@ -2793,9 +3410,11 @@ class Runner:
         self._pool = ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="task")
         self._running: dict[Future[str], Attempt] = {}
         self._again: list[Attempt] = []
-        self._next_poll = self._next_look = self.clock.monotonic()
-        self._polls_failed = 0
-        self._first_look = True
+        self.started = self.polled = self.next_poll = self._next_look = self._next_tale = self.clock.monotonic()
+        self._poll_begun = self._heard = self._echo = -math.inf
+        self._poll_pause, self._polls_failed = config.poll_interval, 0
+        self._first_look, self._look_in = True, False
+        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_KEPT)  # how attempts ended, the newest first
 
     def run_forever(self) -> None:
         """Works until `stop` is set, then lets what runs come to an end."""
@@ -2805,7 +3424,7 @@ class Runner:
                 self.tick()
             except Exception:
                 log.exception("a fault of the runner; it goes on")
-            self._rest(self._next_poll)
+            self._rest(self.next_poll)
         self._drain()
 
     def run_once(self, issue: int | None = None) -> None:
@@ -2817,32 +3436,66 @@ class Runner:
         while not self.stop.is_set():
             self._collect()
             self._look_around()
+            self._tell_progress()
             self._admit(issue)
             if not self._running and not self._again:
                 break
             self._rest(self._next_look)
         if issue is not None and not self.outcomes:
-            log.warning("issue=%d is in the hands of another runner, or was until a short time ago", issue)
+            with work_on({"issue": issue}):
+                log.warning("is in the hands of another runner, or was until a short time ago")
         self._drain()
 
     def tick(self) -> None:
-        """One turn of the loop, without waiting: collect, poll if it is time, admit. After a poll that failed the next
-        one is soon, then less and less soon."""
+        """One turn of the loop, without waiting: collect, poll if it is time, admit."""
         self._collect()
-        if self.clock.monotonic() >= self._next_poll:
-            self._next_poll = self.clock.monotonic() + self.github.poll_pause(self.config.poll_interval)
-            try:
-                self.queue.poll()
-                self._polls_failed = 0
-            except Stopping:
-                return
-            except RunnerError as error:
-                self._polls_failed += 1
-                pause = self.clock.jitter(min(self.config.poll_interval, 2.0 ** min(self._polls_failed, 10)))
-                log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
-                self._next_poll = self.clock.monotonic() + pause
+        if self.clock.monotonic() >= self.next_poll and not self._poll():
+            return
         self._look_around()
+        self._tell_progress()
         self._admit()
+
+    def _poll(self) -> bool:
+        """Reads the queue; False if the runner is to stop. After a poll that failed the next one is soon, then less and
+        less soon. While webhooks bring the news, polls are rare; one that finds what no webhook has told ends that."""
+        begun = self._poll_begun = self.clock.monotonic()
+        last, known = self._heard, self.queue.waiting.copy()
+        heard = begun - last
+        slower = WEBHOOK_PATIENCE if heard < WEBHOOKS_TRUSTED else 1
+        self._poll_pause = self.github.poll_pause(self.config.poll_interval * slower)
+        self.next_poll = self._echo if begun < self._echo else begun + self._poll_pause
+        try:
+            changed = self.queue.poll()
+        except Stopping:
+            return False
+        except RunnerError as error:
+            self._polls_failed += 1
+            self.metrics.count("polls_total", "failed")
+            pause = self.clock.jitter(min(self.config.poll_interval, 2.0 ** min(self._polls_failed, 10)))
+            log.error("cannot read the queue: %s; next try in %.0f s", error.told, pause)
+            self.next_poll = min(self.next_poll, self.clock.monotonic() + pause)  # a webhook may have come meanwhile
+            return True
+        self._polls_failed, self.polled = 0, begun
+        self.metrics.count("polls_total", "changed" if changed else "unchanged")
+        self.metrics.set("last_poll_timestamp_seconds", round(self.clock.now()))
+        if self._heard == last and heard > WEBHOOK_ECHO * 2 and self.queue.waiting.keys() - known.keys():
+            self._heard, self.next_poll = -math.inf, begun + self.github.poll_pause(self.config.poll_interval)
+        return True
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the queue was read not longer ago than three pauses between polls."""
+        late = self.clock.monotonic() - self.polled > 3 * max(self._poll_pause, self.config.poll_interval)
+        return not (late or self.stop.is_set())
+
+    def at_work(self) -> tuple[list[Attempt], list[Attempt]]:
+        """The attempts that run, and those that wait to be made again."""
+        return sorted(self._running.values(), key=lambda attempt: attempt.number), list(self._again)
+
+    @property
+    def hears(self) -> bool:
+        """Whether webhooks are relied on to bring the news."""
+        return self.clock.monotonic() - self._heard < WEBHOOKS_TRUSTED
 
     def request_stop(self, now: bool = False) -> None:
         """Begins the end; `now` ends the agents as well."""
@@ -2852,9 +3505,37 @@ class Runner:
         self.wake.set()
 
     def request_poll(self) -> None:
-        """Has the queue read now."""
-        self._next_poll = self.clock.monotonic()
+        """Has the queue read now, but not more often than WAKE_PAUSE allows."""
+        self.next_poll = max(self.clock.monotonic(), self._poll_begun + WAKE_PAUSE)
         self.wake.set()
+
+    def hear(self, event: str, payload: Any) -> bool:
+        """Takes what GitHub has sent as a hint that there is something to see; whether it is one. It is looked for at
+        once and, since a list may lag behind the webhook, a moment later again."""
+        news = is_news(event, payload, self.config)
+        if news:
+            self._heard = self.clock.monotonic()
+            self._echo = self._heard + WEBHOOK_ECHO
+            self._look_in = self._look_in or payload["action"] in ("closed", "unlabeled")
+            self.request_poll()
+        return news
+
+    def _tell_progress(self) -> None:
+        """Has one task tell how far it is, at a milestone or if it was quiet longest: beside milestones an edit a
+        minute in all, fewer for a task that takes long, and none while GitHub allows little."""
+        now, github = self.clock.monotonic(), self.github
+        due = [attempt for attempt in self._running.values() if self._tale_due(attempt) <= now]
+        if due:
+            self._next_tale = now + PROGRESS_PAUSE
+            first = min(due, key=lambda attempt: (not attempt.can_tell, not attempt.milestone, attempt.told))
+            if github.paused() or github.poll_pause(1) > 1:
+                first.milestone = False
+            else:
+                first.tell()
+
+    def _tale_due(self, attempt: Attempt) -> float:
+        """When an attempt may tell how far it is."""
+        return attempt.next_tale if attempt.milestone else max(self._next_tale, attempt.next_tale)
 
     def _end_work(self) -> None:
         self.kill.set()
@@ -2862,19 +3543,24 @@ class Runner:
             attempt.halt.set()
 
     def _look_around(self) -> None:
-        """Three times a lease: which issues in work are not wanted any more, and which claims are there. The claim of
-        an earlier life of this runner may be taken over at once."""
+        """Three times a lease: which issues in work are not wanted any more, and which claims are there."""
         now = self.clock.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + self.config.lease / 3
-        for attempt in list(self._running.values()):
-            attempt.look_in()
+        due = now >= self._next_look
+        if due or self._look_in:
+            self._look_in = now < self._echo  # as an issue may lag behind its webhook too
+            for attempt in list(self._running.values()):
+                attempt.look_in()
+        if due:
+            self._next_look = now + self.config.lease / 3
+            self._look_at_claims()
+
+    def _look_at_claims(self) -> None:
+        """Reads the claims of all runners. That of an earlier life of this runner may be taken over at once."""
         mirrors = (f"{path.parent.name}/{path.stem}" for path in self.config.state_dir.glob("repos/*/*.git"))
         rows, found, failed = list(self.queue.waiting.values()), dict[int, Seen](), False
         for repo in {repo.lower() for repo in (self.config.target_repo, *mirrors, *(row.repo for row in rows))}:
             try:
-                claims = read_claims(Git(self.config, self.stop), self.config, repo, self.folder / "claims")
+                claims = read_claims(Git(self.sign_in, self.stop), self.config, repo, self.folder / "claims")
             except RunnerError as error:
                 log.log(logging.DEBUG if self.stop.is_set() else logging.WARNING, "no claims in %s: %s", repo, error)
                 found |= {number: seen for number, seen in self.seen.items() if seen.repo.lower() == repo}
@@ -2913,22 +3599,28 @@ class Runner:
 
     def _attempt(self, attempt: Attempt) -> str:
         """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""
-        try:
-            return attempt.run()
-        except Stopping:
-            return "stopped"
-        except RunnerError as error:
-            if self.stop.is_set():
+        with work_on(attempt.facts):
+            try:
+                return attempt.run()
+            except Stopping:
                 return "stopped"
-            log.error("issue=%d is left for later: %s", attempt.number, error.told)
-        except Exception:
-            log.exception("issue=%d a fault of the runner", attempt.number)
-        return "failed"
+            except RunnerError as error:
+                if self.stop.is_set():
+                    return "stopped"
+                attempt.why = error.why
+                log.error("left for later: %s", error.told)
+            except Exception:
+                attempt.why = "The runner met a fault; its log says more."
+                log.exception("a fault of the runner")
+            finally:
+                attempt.enter("waiting")
+            return "failed"
 
     def _collect(self) -> None:
         """Takes note of the attempts that have ended. What is not settled waits until the claims are read again."""
         for future in [future for future in self._running if future.done()]:
             attempt, outcome = self._running.pop(future), future.result()
+            self._note(attempt, outcome)
             if outcome == "retry":
                 self._again.append(attempt)
                 continue
@@ -2943,9 +3635,21 @@ class Runner:
                 self._untold[attempt.number] += outcome == "failed"
                 self.seen[attempt.number] = Seen(attempt.claim.repo, "?", self.clock.monotonic(), {})
 
+    def _note(self, attempt: Attempt, outcome: str) -> None:
+        """Counts how an attempt ended, and keeps it for the status page."""
+        self.metrics.count("tasks_total", outcome)
+        if outcome in ("held", "skipped"):  # nothing was done
+            return
+        if outcome in ("done", "failed"):
+            self.metrics.observe("task_seconds", attempt.elapsed, outcome)
+        ended = {"outcome": outcome, "at": utc(self.clock.now()), "seconds": round(attempt.elapsed, 1)}
+        why = self.config.masked(attempt.why)[:500] if outcome != "done" else ""
+        self.history.appendleft(attempt.shown() | ended | {"why": why, "pull": attempt.pull})
+
     def _rest(self, until: float) -> None:
         """Waits for the next thing to do, or for somebody who knows of one."""
         until = min(until, self._next_look)
+        until = min([until, *map(self._tale_due, self._running.values())])
         if len(self._running) < self.config.max_concurrent:
             until = min([until, *(attempt.due for attempt in self._again)])
         self.clock.wait(self.wake, max(0.0, until - self.clock.monotonic()))
@@ -2972,24 +3676,453 @@ class Runner:
         self._lock.close()
 
 
-# -- The command line. -----------------------------------------------------------------------------
+# -- The HTTP face: health, metrics, a page for people, and GitHub's webhooks. Off unless it has a port.
 
 
-def check_machine(config: Config) -> str:
-    """Settings by environment, on which the token's safety rests, came with git 2.31."""
+def describe(runner: Runner) -> dict[str, Any]:
+    """What a runner does now, as `/status.json` gives it: times in seconds, no secrets."""
+    now, config, metrics = runner.clock.monotonic(), runner.config, runner.metrics
+    running, again = runner.at_work()
+    mine = {attempt.number for attempt in (*running, *again)}
+    rows = sorted(runner.queue.waiting.copy().items())
+    queue = [row for number, row in rows if number not in mine and number not in runner.seen]
+    quota = {name: metrics.value(f"quota_{name}", "core") for name in ("remaining", "limit", "reset_timestamp_seconds")}
+    status = {
+        "version": __version__,
+        "runner": runner.id,
+        "dispatch": config.dispatch_repo,
+        "targets": config.allowed_targets,
+        "healthy": runner.healthy,
+        "stopping": runner.stop.is_set(),
+        "uptime": round(now - runner.started),
+        "last_poll": round(now - runner.polled) if metrics.value("last_poll_timestamp_seconds") else None,
+        "next_poll": max(0, round(runner.next_poll - now)),
+        "webhooks": "off" if not config.webhook_secret else "coming in" if runner.hears else "none lately",
+        "quota": quota,
+        "paused": round(runner.github.paused()),
+        "lease": config.lease,
+        "running": [attempt.shown_at_work() for attempt in running],
+        "waiting": [attempt.shown() | {"why": attempt.why, "due": round(attempt.due - now)} for attempt in again],
+        "queue": [
+            {"issue": r.number, "title": r.title, "url": issue_url(config, r.number)} for r in queue[:QUEUE_SHOWN]
+        ],
+        "queue_length": len(queue),
+        "elsewhere": len(runner.seen.keys() - mine),
+        "history": list(runner.history),
+    }
+    return {name: without_secrets(value, config) for name, value in status.items()}
+
+
+def without_secrets(value: Any, config: Config) -> Any:
+    """A value as JSON has it, with its texts masked; names are the runner's own."""
+    if isinstance(value, dict):
+        return {name: without_secrets(inner, config) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner, config) for inner in value]
+    return config.masked(value) if isinstance(value, str) else value
+
+
+def update_gauges(runner: Runner) -> None:
+    """The numbers that are as they are at this moment."""
+    metrics, status = runner.metrics, describe(runner)
+    metrics.set("build_info", 1, __version__)
+    metrics.set("uptime_seconds", status["uptime"])
+    metrics.set("healthy", status["healthy"])
+    metrics.set("paused_seconds", status["paused"])
+    metrics.set("queue_length", status["queue_length"])
+    metrics.set("tasks_running", len(status["running"]))
+    metrics.set("tasks_waiting", len(status["waiting"]))
+
+
+def live_line(status: Mapping[str, Any]) -> str:
+    """What goes on now, in one line for a terminal."""
+    parts = [f"#{t['issue']} {t['phase']} {duration(t['seconds'])} {t['last_line']}".strip() for t in status["running"]]
+    queued, left = status["queue_length"], status["quota"]["remaining"]
+    parts += [f"{queued} queued"] if queued else []
+    parts += [f"{len(status['waiting'])} to be tried again"] if status["waiting"] else []
+    looks = f"next look in {status['next_poll']} s" if not status["paused"] else f"paused for {status['paused']} s"
+    parts += ["stopping" if status["stopping"] else looks]
+    parts += [f"{left:,.0f} requests left"] if left is not None else []
+    return printable(f"{'●' if status['healthy'] else '○'} {' · '.join(parts)}")
+
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1b1f24;--soft:#5b6470;--line:#dde1e6;--link:#0a58ca;
+--good:#116932;--bad:#b3261e;--busy:#7a4d00;--wash:#eef1f4}
+@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#171b22;--text:#e6e9ee;--soft:#9aa4b2;--line:#2b323c;
+--link:#7fb2ff;--good:#5fd38a;--bad:#ff8a80;--busy:#f0b95a;--wash:#10141a}}
+*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--text);font:16px/1.45 system-ui,sans-serif}
+main{max-width:64rem;margin:0 auto;padding:1rem}a{color:var(--link)}h1{font-size:1.3rem;margin:.2rem 0}
+h2{font-size:1rem;margin:1.6rem 0 .5rem}p{margin:0}.soft,dt{color:var(--soft);font-size:.875rem}
+header{display:flex;flex-wrap:wrap;gap:.3rem 1rem;align-items:baseline;justify-content:space-between}
+.pill{font-size:.8rem;font-weight:600;border:1px solid;border-radius:1rem;padding:.05rem .55rem;white-space:nowrap;
+vertical-align:.08em}
+.good{color:var(--good)}.bad{color:var(--bad)}.busy{color:var(--busy)}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.5rem;margin:1rem 0 0}
+dl div,ul{background:var(--card);border:1px solid var(--line);border-radius:.5rem}dl div,li{padding:.6rem .75rem}
+dd{margin:0}ul{list-style:none;margin:0;padding:0}li+li{border-top:1px solid var(--line)}
+li,dd{overflow-wrap:anywhere}li .soft{margin-top:.15rem}time{white-space:nowrap}
+pre{margin:.4rem 0 0;padding:.4rem .6rem;background:var(--wash);border-radius:.35rem;font-size:.8rem;
+white-space:pre-wrap;overflow-wrap:anywhere}
+"""
+ICON = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'%3E"
+    "%3Ccircle cx='8' cy='8' r='7' fill='%230a58ca'/%3E%3C/svg%3E"
+)
+PILLS = {"done": "good", "failed": "bad", "dropped": "bad", "retry": "busy", "cancelled": "busy", "stopped": "busy"}
+
+
+def shown(text: object) -> str:
+    """Foreign text as HTML, on one line."""
+    return html.escape(cut_line(printable(str(text)), 300))
+
+
+def cut_line(text: str, limit: int) -> str:
+    """Text on one line, if need be without its end."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _item(task: Mapping[str, Any], pill: str, *facts: str, below: str = "") -> str:
+    """One task in a list of the page; facts are HTML."""
+    mark = f'<span class="pill {PILLS.get(pill, "busy")}">{shown(pill)}</span>' if pill else ""
+    title = f"<bdi>{shown(cut_line(task['title'], 120))}</bdi>"  # which cannot turn round what stands beside it
+    head = f'<p>{mark} <a href="{html.escape(task["url"])}">#{task["issue"]}</a> {title}</p>'
+    told = f'<p class="soft">{" · ".join(filter(None, facts))}</p>' if any(facts) else ""
+    return f"<li>{head}{told}{below}</li>"
+
+
+def _running_item(task: Mapping[str, Any]) -> str:
+    claim = f"claim renewed {duration(task['claim']['renewed'])} ago"
+    claim += f" by its holder number {task['claim']['epoch']}" if task["claim"]["epoch"] > 1 else ""
+    below = f"<pre>{shown(task['last_line'])}</pre>" if task["last_line"] else ""
+    attempt = f"attempt {task['attempt']}"
+    return _item(task, task["phase"], duration(task["seconds"]), shown(task["target"]), attempt, claim, below=below)
+
+
+def _past_item(task: Mapping[str, Any]) -> str:
+    pull = f'<a href="{html.escape(task["pull"])}">pull request</a>' if task["pull"] else ""
+    at = f'<time datetime="{shown(task["at"])}">{shown(task["at"][:16].replace("T", " "))} UTC</time>'
+    facts = (pull, duration(task["seconds"]), shown(task["target"]), f"attempt {task['attempt']}", at)
+    return _item(task, task["outcome"], *facts, below=f"<p>{shown(task['why'])}</p>" if task["why"] else "")
+
+
+def render_page(status: Mapping[str, Any]) -> str:
+    """The status page: one document that needs nothing else and refreshes itself."""
+    kind, word = ("good", "healthy") if status["healthy"] else ("bad", "not healthy")
+    health = f'<span class="pill {kind}">{word}</span>'
+    last, quota = status["last_poll"], status["quota"]
+    left = "not known yet" if quota["remaining"] is None else f"{quota['remaining']:,.0f} of {quota['limit']:,.0f}"
+    cells = {
+        "Last look": "none yet" if last is None else f"{duration(last)} ago",
+        "Next look": f"in {duration(max(status['next_poll'], status['paused']))}",
+        "Webhooks": status["webhooks"],
+        "GitHub quota left": left,
+        "Lease": duration(status["lease"]),
+        "With other runners": status["elsewhere"],
+        "Up for": duration(status["uptime"]),
+    }
+    facts = "".join(f"<div><dt>{name}</dt><dd>{shown(value)}</dd></div>" for name, value in cells.items())
+    waiting = [_item(t, "retry", f"in {duration(max(0, t['due']))}", shown(t["why"])) for t in status["waiting"]]
+    lists = {
+        "Running": [*map(_running_item, status["running"])],
+        "To be tried again": waiting,
+        f"Queue ({status['queue_length']})": [_item(row, "") for row in status["queue"]],
+        "Last results": [*map(_past_item, status["history"])],
+    }
+    body = "".join(
+        f"<h2>{name}</h2>" + (f"<ul>{''.join(items)}</ul>" if items else '<p class="soft">Nothing.</p>')
+        for name, items in lists.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="10">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="robots" content="noindex">'
+        f'<title>{len(status["running"])} running · agent runner</title><link rel="icon" href="{ICON}">'
+        f"<style>{STYLE}</style></head><body><main><header><h1>Agent runner</h1>{health}</header>"
+        f'<p class="soft">{shown(status["dispatch"])} → {shown(", ".join(status["targets"]))}</p><dl>{facts}</dl>{body}'
+        f'<h2>Runner</h2><p class="soft">{shown(status["runner"])}, version {shown(status["version"])}</p>'
+        "</main></body></html>"
+    )
+
+
+@functools.cache
+def page_headers() -> dict[str, str]:
+    """What keeps a browser from running, loading or framing anything."""
+    style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return {
+        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{style}'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+
+
+def read_payload(content_type: str, body: bytes) -> Any:
+    """A delivery's content: JSON, or a form that holds it, as GitHub sends unless told otherwise. Raises ValueError."""
+    if content_type.partition(";")[0].strip().lower() == "application/x-www-form-urlencoded":
+        body = "".join(parse_qs(body.decode(), max_num_fields=10).get("payload", [])).encode()
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+class HttpFace(ThreadingHTTPServer):
+    """The server. Nothing that comes in can hurt the loop: there are so many connections at most, for so long; when
+    there are too many, the oldest is cut off."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._open: OrderedDict[Any, float] = OrderedDict()  # the connections, and since when they are there
+        self._known: OrderedDict[str, None] = OrderedDict()  # the signatures of the last deliveries
+        self._lock = threading.Lock()
+        host, port = runner.config.http_host, runner.config.http_port
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Exchange)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask the name service who this is
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        return ipaddress.ip_address(str(self.server_address[0])).is_loopback
+
+    def is_new(self, signature: str) -> bool:
+        """Whether a delivery comes for the first time. Its number is not signed, so that a replay can have another."""
+        with self._lock:
+            new = signature not in self._known
+            self._known[signature] = None
+            while len(self._known) > DELIVERIES_KNOWN:
+                self._known.popitem(last=False)
+            return new
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open[request] = self.runner.clock.monotonic()
+            oldest = [*self._open][: -CONNECTIONS or None] if len(self._open) > CONNECTIONS else []
+        self._cut(oldest)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        now = self.runner.clock.monotonic()
+        with self._lock:
+            late = [request for request, since in self._open.items() if now - since > HTTP_PATIENCE]
+        self._cut(late)
+
+    def _cut(self, connections: Sequence[Any]) -> None:
+        """Has the threads that read from or write to them come to an end."""
+        for connection in connections:
+            with self._lock:
+                self._open.pop(connection, None)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the library's names)
+        level = logging.DEBUG if isinstance(sys.exception(), OSError) else logging.ERROR
+        log.log(level, "a connection from %s broke", client_address, exc_info=level == logging.ERROR)
+
+
+class Exchange(BaseHTTPRequestHandler):
+    """One request to the face, and its answer."""
+
+    server: HttpFace
+    timeout = HTTP_PATIENCE
+    error_content_type, error_message_format = "text/plain; charset=utf-8", "%(code)d %(message)s\n"
+
+    def version_string(self) -> str:
+        return "agent-runner"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the library's name)
+        log.debug("%s: %s", self.client_address[0], format % args)
+
+    def do_GET(self) -> None:
+        runner, path = self.server.runner, self.path.partition("?")[0]
+        if path == "/healthz":
+            self._answer(
+                200 if runner.healthy else 503, "ok\n" if runner.healthy else "the queue was not read lately\n"
+            )
+        elif path not in ("/", "/status.json", "/metrics"):
+            self._answer(
+                405 if path == "/webhook" and runner.config.webhook_secret else 404, "There is nothing here.\n"
+            )
+        elif not self._is_asked_by_its_name():
+            self._answer(421, "Ask by this machine's address or as localhost.\n")
+        elif path == "/":
+            self._answer(200, render_page(describe(runner)), "text/html; charset=utf-8")
+        elif path == "/metrics":
+            update_gauges(runner)
+            self._answer(200, runner.metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+        else:
+            self._answer(200, json.dumps(describe(runner), indent=1) + "\n", "application/json")
+
+    do_HEAD = do_GET  # noqa: N815 (the library's name)
+
+    def do_POST(self) -> None:
+        runner = self.server.runner
+        if self.path.partition("?")[0] != "/webhook" or not runner.config.webhook_secret:
+            self._answer(404, "There is nothing here.\n")
+            return
+        status, result, told = self._take_delivery(runner)
+        runner.metrics.count("webhooks_total", result)
+        log.debug("webhook %s: %s", self.headers.get("x-github-event"), told)
+        self._answer(status, f"{told}\n")
+
+    def _take_delivery(self, runner: Runner) -> tuple[int, str, str]:
+        """The status to answer with, the result to count, and a word about it. Nothing is read as anything but bytes
+        before the signature is known to be right."""
+        length, headers = self.headers.get("content-length", ""), self.headers
+        if not re.fullmatch(r"\d{1,12}", length):
+            return 411, "refused", "The delivery does not say how long it is."
+        if int(length) > MAX_DELIVERY:
+            self._pass_over(int(length))
+            return 413, "refused", f"The delivery is longer than {MAX_DELIVERY:,} bytes."
+        body, signature = self.rfile.read(int(length)), headers.get("x-hub-signature-256", "")
+        if not is_signed(runner.config.webhook_secret, body, signature):
+            return 401, "refused", "The header X-Hub-Signature-256 is missing or wrong: is the secret the same?"
+        event = headers.get("x-github-event", "")
+        if event == "ping":
+            return 200, "ignored", "pong"
+        if not self.server.is_new(signature):
+            return 202, "repeated", "This delivery came before."
+        try:
+            payload = read_payload(headers.get("content-type", ""), body)
+        except ValueError:
+            return 400, "refused", "The delivery is no JSON."
+        news = runner.hear(event, payload)
+        return 202, "news" if news else "ignored", "The runner looks." if news else "That is no news for the runner."
+
+    def _pass_over(self, length: int) -> None:
+        """Reads on without keeping it, so that the sender gets to the answer."""
+        while length > 0 and (data := self.rfile.read(min(length, 65_536))):
+            length -= len(data)
+
+    def _is_asked_by_its_name(self) -> bool:
+        """Whether no site that a person visits can have had its own name lead here; for what only this machine reaches.
+        https://en.wikipedia.org/wiki/DNS_rebinding"""
+        name = r"(localhost|[\d.]+|\[[\da-f:.]+\]|)(:\d+)?"
+        return not self.server.is_local or bool(re.fullmatch(name, self.headers.get("host", ""), re.IGNORECASE))
+
+    def _answer(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
+        body = text.encode("utf-8", "replace")
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **page_headers()}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body if self.command != "HEAD" else b"")
+
+
+def http_address(config: Config, path: str = "/") -> str:
+    host = f"[{config.http_host}]" if ":" in config.http_host else config.http_host
+    return f"http://{host}:{config.http_port}{path}"
+
+
+@contextlib.contextmanager
+def serving(runner: Runner) -> Iterator[None]:
+    """The face, if there is a port for it. Raises TaskFailed if it cannot be had."""
+    host, port = runner.config.http_host, runner.config.http_port
+    if not port:
+        yield
+        return
+    try:
+        face = HttpFace(runner)
+    except (OSError, UnicodeError) as error:
+        why = f"AGENT_HTTP_HOST and AGENT_HTTP_PORT, {host} and {port}: {getattr(error, 'strerror', '') or error}"
+        raise TaskFailed(why, PORT_ADVICE) from None
+    threading.Thread(target=face.serve_forever, name="http", daemon=True).start()
+    log.info("status page on %s", http_address(runner.config))
+    try:
+        yield
+    finally:
+        face.shutdown()
+        face.server_close()
+
+
+@contextlib.contextmanager
+def showing(runner: Runner, handler: logging.Handler) -> Iterator[None]:
+    """The last line of a terminal's log, written anew each second by a thread of its own."""
+    if not isinstance(handler, Terminal):
+        yield
+        return
+    over = threading.Event()
+
+    def show() -> None:
+        while not runner.clock.wait(over, 1):
+            handler.show(live_line(describe(runner)))
+        handler.show("")
+
+    thread = threading.Thread(target=show, name="terminal", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# -- The doctor: what `--check` looks at, and what it advises. --------------------------------------
+
+PORT_ADVICE = "Set AGENT_HTTP_PORT to a port that is free, another one for each runner of a machine."
+TOKENS = {  # https://docs.github.com/authentication/keeping-your-account-and-data-secure/about-authentication-to-github
+    "ghp_": "classic token",
+    "github_pat_": "fine-grained token",
+    "gho_": "OAuth token",
+    "ghu_": "App user token",
+    "ghs_": "installation token",
+}
+PERMISSIONS = {"dispatch": {"issues": "write"}, "target": {"contents": "write", "pull_requests": "write"}}  # of an App
+
+
+class Finding(NamedTuple):
+    """What a check has found: `ok` is None if it could not be looked at. `cure` is what to do about it."""
+
+    check: str
+    ok: bool | None
+    found: str
+    cure: str = ""
+
+
+def check_state(config: Config) -> str:
+    """The runner's own folder."""
     try:
         config.state_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.state_dir).close()
     except OSError as error:
         advice = "Set AGENT_STATE_DIR to a folder that the runner may write to."
         raise TaskFailed(f"{config.state_dir}: {error.strerror}", advice) from None
+    return f"{config.state_dir}"
+
+
+def check_git(config: Config) -> str:
+    """Settings by environment, on which the token's safety rests, came with git 2.31."""
     try:
-        version = Git(config)("version", git_dir=config.state_dir).split()[2]
+        version = Git(SignIn(config))("version", git_dir=Path("/")).split()[2]
     except GitFailed as failure:
         raise TaskFailed(f"git does not start: {failure.output}", "Install git 2.31 or newer.") from None
     if [int(number) for number in re.findall(r"\d+", version)[:2]] < [2, 31]:
         raise TaskFailed(f"git {version} is too old", "Install git 2.31 or newer.")
-    return f"git {version}, state in {config.state_dir}"
+    return f"git {version}"
+
+
+def check_disk(config: Config) -> str:
+    """Whether there is room for at least a tenth of what the runner may use."""
+    free = free_bytes(str(config.state_dir)) // 10**6
+    if free < config.disk_budget / 10:
+        advice = "Free some, set AGENT_STATE_DIR to a folder on another disk, or lower AGENT_DISK_BUDGET_MB."
+        raise TaskFailed(f"{free:,} MB are free, and AGENT_DISK_BUDGET_MB allows {config.disk_budget:,}", advice)
+    return f"{free:,} MB are free"
 
 
 def walls(config: Config) -> dict[str, bool]:
@@ -3008,18 +4141,18 @@ def walls(config: Config) -> dict[str, bool]:
 def check_sandbox(config: Config) -> str:
     """The walls around an agent. That they are incomplete is no fault, unless they are required."""
     if config.process_task == "patch":
-        return "sandbox: patches need none"
+        return "patches need none"
     if os.geteuid() == 0 and not config.allow_root:
         advice = "Start the runner as another user, in a container for example, or set AGENT_ALLOW_ROOT=yes."
-        raise TaskFailed("sandbox: the runner is root, whose agents no wall stops", advice)
+        raise TaskFailed("the runner is root, whose agents no wall stops", advice)
     stands = walls(config)
     holding, missing = (", ".join(wall for wall in stands if stands[wall] is state) for state in (True, False))
     if config.sandbox == "required" and not stands["the runner's files"]:
         advice = "Use Linux 5.13 or newer with Landlock, or set AGENT_SANDBOX=auto."
-        raise TaskFailed(f"sandbox: AGENT_SANDBOX is required, and nothing keeps agents from {missing}", advice)
+        raise TaskFailed(f"AGENT_SANDBOX is required, and nothing keeps agents from {missing}", advice)
     if not stands["the runner's files"]:
         log.warning("agents can read the runner's files, its token included; docs/security.md says more")
-    return f"sandbox: agents are kept from {holding or 'nothing'}" + (f"; not from {missing}" if missing else "")
+    return f"agents are kept from {holding or 'nothing'}" + (f"; not from {missing}" if missing else "")
 
 
 def check_agent(config: Config) -> str:
@@ -3029,65 +4162,215 @@ def check_agent(config: Config) -> str:
         done = run_supervised(config, make_order(config, [*PROGRAM, "--plugin", config.process_task], Path("/"), {}))
         if done.code:
             said = printable((done.out.strip() or done.late or f"status {done.code}").splitlines()[-1])
-            why = f"process_task: {config.process_task}: {said}"
-            raise TaskFailed(why, "Mend the plug-in, or AGENT_PROCESS_TASK.")
-    return f"process_task: {config.process_task}"
+            raise TaskFailed(f"{config.process_task}: {said}", "Mend the plug-in, or AGENT_PROCESS_TASK.")
+    if config.process_task == "command":
+        return f"command {'/bin/sh' if config.shell else command_words(config, '', Path())[0]}"
+    return config.process_task
 
 
-def check_repository(config: Config, repo: str) -> str:
-    """What the API says of a repository that is needed, and whether git can read it."""
-    data = GitHub(config, Clock(), threading.Event()).request("GET", f"/repos/{repo}").data
-    if not data.get("permissions", {}).get("push"):
-        raise TaskFailed(f"{repo}: the token's user may not write", ADVICE[403])
-    if repo == config.dispatch_repo and not data["has_issues"]:
-        raise TaskFailed(f"{repo}: issues are off", "Turn them on in its settings.")
-    if repo != config.target_repo:
-        return f"{repo}: the token's user may write"
-    git, probe = Git(config), f"{claims_prefix(config)}check-{secrets.token_hex(4)}"
-    branch, _ = git.refs(repo, "HEAD")
-    if not branch:
-        raise TaskFailed(f"{repo} is empty", "Push a first commit.")
-    with tempfile.TemporaryDirectory(dir=config.state_dir) as name:
-        write_repository(folder := Path(name))
-        commit = write_record(git, folder, {})
-        git.push(repo, {probe: ("", commit)}, folder)
-        git.push(repo, {probe: (commit, "")}, folder)
-    return f"{repo}: git reads the branch {branch}, and may push"
+def check_http(config: Config) -> str:
+    """The port of the status page and of webhooks, which this runner or another one may be using already."""
+    if not config.http_port:
+        return "off, for AGENT_HTTP_PORT is not set"
+    try:
+        family = socket.AF_INET6 if ":" in config.http_host else socket.AF_INET
+        socket.create_server((config.http_host, config.http_port), family=family).close()
+    except (OSError, UnicodeError) as error:
+        if not is_runner_there(config):
+            why = getattr(error, "strerror", "") or error
+            raise TaskFailed(f"{http_address(config)}: {why}", PORT_ADVICE) from None
+    hooks = f"webhooks at {http_address(config, '/webhook')}" if config.webhook_secret else "no webhooks"
+    local = re.fullmatch(r"localhost|127\..+|::1", config.http_host)
+    return f"page at {http_address(config)}, {hooks}" + (", for this machine only" if local else "")
 
 
-def examine(config: Config) -> int:
-    """Tries what a task will need, a claim included, which it takes back; the exit code."""
-    repos, code = dict.fromkeys((config.dispatch_repo, config.target_repo)), 0
-    checks: list[Callable[[Config], str]] = [functools.partial(check_repository, repo=repo) for repo in repos]
-    for check in (check_machine, check_sandbox, check_agent, *checks):
-        try:
-            print("✓", check(config), flush=True)
-        except (RunnerError, OSError) as error:
-            code = 1
-            print(f"✗ {error}\n  →", getattr(error, "advice", "") or "Mend what is said above first.", flush=True)
-    return code
+def is_runner_there(config: Config) -> bool:
+    """Whether a runner listens on the port of this one."""
+    connection = http.client.HTTPConnection(config.http_host, config.http_port, timeout=3)
+    with contextlib.closing(connection), contextlib.suppress(OSError, UnicodeError, http.client.HTTPException):
+        connection.request("GET", "/healthz")
+        return connection.getresponse().getheader("Server") == "agent-runner"
+    return False
 
 
-class _Format(logging.Formatter):
-    """One line an event, without secrets."""
+class Doctor:
+    """Looks at everything that a task will need, a claim included, which it takes back."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._config = config
+        self._config, self._clock = config, Clock()
+        self._sign_in = SignIn(config)
+        self._github = GitHub(config, self._clock, threading.Event(), sign_in=self._sign_in, waits=False)
+        self._headers: Mapping[str, str] = {}
+        self._quota: Mapping[str, Any] = {}
+        self._ahead = 0.0  # seconds by which GitHub's clock is
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
-        return printable(super().formatMessage(record)).replace("\n", " ")
+    def findings(self) -> Iterator[Finding]:
+        """One finding after the other. Where nobody can sign in, the rest is not looked at."""
+        config = self._config
+        local = {"state": check_state, "git": check_git, "disk": check_disk, "sandbox": check_sandbox}
+        for name, check in {**local, "agent": check_agent, "http": check_http}.items():
+            yield self._find(name, functools.partial(check, config))
+        yield (first := self._find("sign-in", self._check_sign_in))
+        targets = [name for name in config.allowed_targets if REPO_NAME.fullmatch(name)]
+        remote = {"clock": self._check_clock, "quota": self._check_quota, "dispatch": self._check_dispatch}
+        remote["labels"] = self._check_labels
+        for repo in dict.fromkeys([config.target_repo, *targets]):
+            remote[f"target {repo}"] = functools.partial(self._check_target, repo)
+            remote[f"claims {repo}"] = functools.partial(self._check_claims, repo)
+            remote[f"pulls {repo}"] = functools.partial(self._check_pulls, repo)
+        for name, look in remote.items():
+            yield self._find(name, look) if first.ok else Finding(name.split()[0], None, "not looked at")
 
-    def format(self, record: logging.LogRecord) -> str:
-        return self._config.masked(super().format(record))
+    def _find(self, name: str, look: Callable[[], str]) -> Finding:
+        ok: bool | None = True
+        try:
+            found, cure = look(), ""
+        except Stopping:
+            ok, found, cure = None, "not looked at, for GitHub's limit is reached", ""
+        except (RunnerError, OSError) as error:
+            ok, found, cure = False, str(error), getattr(error, "advice", "") or "See what is said above."
+        # Plug-ins and GitHub are quoted, which may tell a secret.
+        found, cure = (cut_line(printable(self._config.masked(text)), 500) for text in (found, cure))
+        return Finding(name.split()[0], ok, found, cure)
+
+    def _check_sign_in(self) -> str:
+        """https://docs.github.com/rest/rate-limit/rate-limit, which costs nothing, and the headers of its answer"""
+        config, begun = self._config, self._clock.now()
+        try:
+            answer = self._github.request("GET", "/rate_limit")
+            core = answer.data["resources"]["core"]
+            self._quota = {name: int(core[name]) for name in ("limit", "remaining", "reset")}
+        except ApiRefused as refused:
+            if refused.status != 404:  # which GitHub Enterprise Server answers where there are no limits
+                raise
+            answer = self._github.request("GET", f"/repos/{config.dispatch_repo}" if config.app_id else "/user")
+        except (LookupError, TypeError, ValueError):
+            raise Unreachable("the answer to GET /rate_limit is not GitHub's") from None
+        self._headers, self._ahead = answer.headers, answer.at - begun
+        if config.app_id:
+            return self._check_app()
+        token = self._sign_in.token(config.dispatch_repo)
+        kind = next((kind for start, kind in TOKENS.items() if token.startswith(start)), "token")
+        until = self._headers.get("github-authentication-token-expiration")
+        return f"{kind}{self._check_scopes()}" + (f", until {until}" if until else "")
+
+    def _check_scopes(self) -> str:
+        """https://docs.github.com/apps/oauth-apps/building-oauth-apps/scopes-for-oauth-apps"""
+        if (told := self._headers.get("x-oauth-scopes")) is None:  # only some kinds of tokens have scopes
+            return ""
+        scopes = {scope.strip() for scope in told.split(",")}
+        if scopes.isdisjoint({"repo", "public_repo"}):
+            raise TaskFailed(f"the token's scopes are: {told or 'none'}", "Make a token with the scope repo.")
+        if self._config.allow_workflows and "workflow" not in scopes:
+            raise TaskFailed("the token lacks the scope workflow", "Add it, or unset AGENT_ALLOW_WORKFLOWS.")
+        return f" with the scopes {told}"
+
+    def _check_app(self) -> str:
+        """The permissions that the App has where it is needed."""
+        config, told = self._config, []
+        for role, repo in {"dispatch": config.dispatch_repo, "target": config.target_repo}.items():
+            has = self._sign_in.grant(repo).permissions
+            needs = PERMISSIONS[role] | ({"workflows": "write"} if role == "target" and config.allow_workflows else {})
+            if missing := ", ".join(f"{name}: {needs[name]}" for name in needs if has.get(name) != needs[name]):
+                advice = "Add them in the App's settings, and accept the change in those of its installation."
+                raise TaskFailed(f"the App lacks permissions for {repo}: {missing}", advice)
+            told.append(repo)
+        return f"App {config.app_id} with its permissions for {' and '.join(dict.fromkeys(told))}"
+
+    def _check_clock(self) -> str:
+        if abs(self._ahead) > 60:
+            raise TaskFailed(f"this machine's clock is {duration(abs(self._ahead))} off", "Set it, for example by NTP.")
+        return "as GitHub's, to a minute"
+
+    def _check_quota(self) -> str:
+        if not self._quota:
+            return "there is no limit"
+        left, limit = self._quota["remaining"], self._quota["limit"]
+        if left < limit / 50:
+            advice = "Other programs use the same account: give the runner one of its own, or wait."
+            raise TaskFailed(f"{left:,} of {limit:,} requests are left until {utc(self._quota['reset'])}", advice)
+        return f"{left:,} of {limit:,} requests are left"
+
+    def _repository(self, repo: str) -> dict[str, Any]:
+        """What the API says of a repository; an App's permissions were looked at before."""
+        data: dict[str, Any] = self._github.request("GET", f"/repos/{repo}").data
+        if data.get("archived"):
+            raise TaskFailed(f"{repo} is archived", "Name another one, or unarchive it.")
+        is_user = not self._sign_in.token(repo).startswith("ghs_")  # GitHub says nothing of an App here
+        if is_user and not data.get("permissions", {}).get("push"):
+            raise TaskFailed(f"{repo}: the token's user may not write", ADVICE[403])
+        return data
+
+    def _check_dispatch(self) -> str:
+        repo = self._config.dispatch_repo
+        if not self._repository(repo)["has_issues"]:
+            raise TaskFailed(f"{repo}: issues are off", "Turn them on in its settings.")
+        return f"{repo} has issues, and may be written to"
+
+    def _check_labels(self) -> str:
+        """The label of tasks must be there, for people choose it from a list. To write it as it is tells whether the
+        token may write to issues."""
+        repo, label = self._config.dispatch_repo, self._config.task_label
+        path = f"/repos/{repo}/labels/{quote(label, safe='')}"
+        try:
+            colour = self._github.request("GET", path).data["color"]
+        except ApiRefused as refused:
+            if refused.status != 404:
+                raise
+            raise TaskFailed(f"{repo} has no label {label}", "Make it on the repository's page Labels.") from None
+        self._github.request("PATCH", path, {"color": colour})
+        return f"{label} is there; the others are made when they are needed"
+
+    def _check_target(self, repo: str) -> str:
+        self._repository(repo)
+        branch, _ = Git(self._sign_in).refs(repo, "HEAD")
+        if not branch:
+            raise TaskFailed(f"{repo} is empty", "Push a first commit.")
+        return f"{repo} can be read, its default branch is {branch}"
+
+    def _check_claims(self, repo: str) -> str:
+        git, probe = Git(self._sign_in), f"{claims_prefix(self._config)}check-{secrets.token_hex(4)}"
+        with tempfile.TemporaryDirectory(dir=self._config.state_dir) as name:
+            write_repository(folder := Path(name))
+            commit = write_record(git, folder, {})
+            git.push(repo, {probe: ("", commit)}, folder)
+            git.push(repo, {probe: (commit, "")}, folder)
+        return f"one was pushed to {repo} and deleted again"
+
+    def _check_pulls(self, repo: str) -> str:
+        """Asks for a pull request that cannot be: without the right to open one, GitHub refuses in another way."""
+        branch, _ = Git(self._sign_in).refs(repo, "HEAD")
+        body = {"title": "agent-runner --check", "head": branch, "base": branch}
+        try:
+            self._github.request("POST", f"/repos/{repo}/pulls", body)
+        except ApiRefused as refused:
+            if refused.status != 422:
+                raise
+        return f"may be opened in {repo}"
 
 
-def run(config: Config, once: bool, issue: int | None) -> int:
+def examine(findings: Iterator[Finding], as_json: bool) -> int:
+    """Tells what was found, each as soon as it is known, or all as JSON; the exit code."""
+    rows = []
+    for row in findings:
+        rows.append(row)
+        if not as_json:
+            mark = {True: "✓", False: "✗", None: "·"}[row.ok]
+            print(f"{mark} {row.check:<9} {row.found}" + (f"\n  → {row.cure}" if row.cure else ""), flush=True)
+    good = all(row.ok for row in rows)
+    if as_json:
+        print(json.dumps({"version": __version__, "ok": good, "checks": [row._asdict() for row in rows]}, indent=1))
+    return 0 if good else 1
+
+
+# -- The command line. -----------------------------------------------------------------------------
+
+
+def run(config: Config, once: bool, issue: int | None, handler: logging.Handler) -> int:
     """The daemon, or one round of it; the exit code."""
     try:
-        check_machine(config)
-        check_sandbox(config)
-        check_agent(config)
+        for check in (check_state, check_git, check_sandbox, check_agent):
+            check(config)
     except TaskFailed as problem:
         log.error("cannot start: %s", problem.told)
         return 2
@@ -3101,7 +4384,12 @@ def run(config: Config, once: bool, issue: int | None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, act)
     if not once and issue is None:
-        runner.run_forever()
+        try:
+            with serving(runner), showing(runner, handler):
+                runner.run_forever()
+        except TaskFailed as problem:
+            log.error("cannot start: %s", problem.told)
+            return 2
         return 0
     try:
         runner.run_once(issue)
@@ -3124,10 +4412,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
     how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
     how.add_argument("--check", action="store_true", help="look whether everything is in place")
+    parser.add_argument("--json", action="store_true", help="with --check: for programs")
     how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
     how.add_argument("--supervise", type=int, metavar="FILE", help=argparse.SUPPRESS)
     how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
     options = parser.parse_args(arguments)
+    if options.json and not options.check:
+        parser.error("--json goes with --check")
     if options.plugin:
         return serve_plugin(options.plugin, sys.stdin.read())
     if options.supervise is not None:
@@ -3137,19 +4428,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Read, not loaded: what is in .env must not get into the environment that others inherit.
         file = dotenv_values(Path.cwd() / ".env", interpolate=False)
-        env = {name: os.environ.get(name) or value or "" for name, value in file.items()}
-        config = Config.from_env({**os.environ, **env})
+        env = {**os.environ, **{name: os.environ.get(name) or value or "" for name, value in file.items()}}
+        config = Config.from_env(env)
     except (ConfigError, OSError, UnicodeDecodeError) as error:
+        if options.check and isinstance(error, ConfigError):
+            return examine(
+                (Finding("settings", False, why, "Mend this variable.") for why in error.problems), options.json
+            )
         print(error if isinstance(error, ConfigError) else f"cannot read .env: {error}", file=sys.stderr)
         return 2
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Format(config))
+    os.environ.update({name: value for name, value in env.items() if NETWORK.fullmatch(name)})  # requests looks there
+    on_terminal = sys.stderr.isatty() and env.get("TERM") not in (None, "", "dumb") and config.log_format == "text"
+    handler = Terminal() if on_terminal and not options.check else logging.StreamHandler()
+    handler.setFormatter(LogFormat(config))
     logging.basicConfig(level=config.log_level, handlers=[handler], force=True)
     for warning in config.unknown():
         log.warning("%s", warning)
     if options.check:
-        return examine(config)
-    return run(config, options.once, options.issue)
+        return examine(Doctor(config).findings(), options.json)
+    return run(config, options.once, options.issue, handler)
 
 
 if __name__ == "__main__":

@@ -157,9 +157,11 @@ class World:
             runner.request_stop(now=True)
             runner._drain()
         for process in self._started:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
 
     def open(self, body: str | None = PATCH, title: str = "Make more widgets", **more: Any) -> int:
         return self.github.open_issue(DISPATCH, title=title, body=body, **more)
@@ -205,8 +207,10 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A started stand-in. A request that GitHub would not know fails the test."""
+    # A FastClock makes a task of a second one of five minutes, of whose progress the issue would be told.
+    monkeypatch.setattr(runner_module, "PROGRESS_PAUSE", runner_module.PROGRESS_PAUSE * FastClock.SPEED)
     with StandIn(tmp_path / "github", check=check_request, graphql=answer_query) as github:
         github.add_repository(DISPATCH)
         github.add_repository(TARGET, files={"README.md": "# Widgets\n", "src/app.py": "print(1)\n"})

@@ -18,7 +18,7 @@ from standin import Fault
 from test_cli import finish
 from test_task import agent
 
-from runner import Git, RefMoved, audit
+from runner import Git, RefMoved, SignIn, audit
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -40,7 +40,11 @@ def test_a_task_can_be_followed_from_line_to_line(world: World) -> None:
     lines = lines_of(file)
     assert all(list(line)[:2] == ["time", "event"] for line in lines)
     assert all(len(line["time"]) == len("2026-01-05T09:00:00Z") and line["time"].endswith("Z") for line in lines)
-    issue, claim = f"{DISPATCH}#1", f"refs/agent-runner/claims/{DISPATCH}/1"
+    claim, about = f"refs/agent-runner/claims/{DISPATCH}/1", {"dispatch": DISPATCH, "issue": 1}
+    assert all(about.items() <= line.items() for line in lines)
+    phases = dict.fromkeys((line.get("task", ""), line.get("attempt", 0), line["phase"]) for line in lines)
+    attempts = [("issue-1", 1, phase) for phase in ("checking", "working", "publishing", "reporting")]
+    assert [*phases] == [("", 0, "claiming"), *attempts]
     made = world.github.git(TARGET, "rev-parse", world.pull().head)
     shown = []
     for line in lines:
@@ -64,7 +68,10 @@ def test_a_task_can_be_followed_from_line_to_line(world: World) -> None:
     ]
     started, ended = (line for line in lines if line["event"].startswith("agent"))
     assert started == {"time": started["time"], "event": "agent started"} | {
-        "issue": issue,
+        **about,
+        "task": "issue-1",
+        "attempt": 1,
+        "phase": "working",
         "repo": TARGET,
         "program": Path(sys.executable).name,
     }
@@ -121,7 +128,7 @@ def test_a_push_that_fails_is_told(world: World) -> None:
 
 
 def test_a_push_that_came_too_late_is_told(world: World, tmp_path: Path) -> None:
-    git = Git(world.config(AGENT_AUDIT_LOG=str(tmp_path / "audit")))
+    git = Git(SignIn(world.config(AGENT_AUDIT_LOG=str(tmp_path / "audit"))))
     other = world.github.commit(TARGET, {"other.txt": "x"}, branch="other")
     with pytest.raises(RefMoved):
         git.push(TARGET, {"refs/heads/main": ("", other)}, world.github.repository(TARGET).path)
@@ -135,9 +142,9 @@ def test_refusals_are_told_with_who_asked(world: World) -> None:
     world.open("Do something.")
     code = 'import os; os.symlink("/etc/passwd", "link")'
     stranger, change = told(world, "refused", AGENT_COMMAND=agent(world.home, code))
-    assert (stranger["issue"], stranger["author"]) == (f"{DISPATCH}#1", "mallory")
+    assert (stranger["issue"], stranger["author"]) == (1, "mallory")
     assert stranger["reason"] == "`mallory` may not give work to this runner."
-    assert (change["issue"], change["author"]) == (f"{DISPATCH}#2", "octocat")
+    assert (change["issue"], change["author"]) == (2, "octocat")
     assert change["reason"] == "`link` is a link that leads out of the repository."
 
 
@@ -220,7 +227,7 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
     assert (json.loads(first)["event"], len(cut), json.loads(third)["event"]) == ("first", 10, "third")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--once"], ["--check"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["--once"]], ids=str)
 def test_a_place_that_cannot_be_written_to_stops_the_start(world: World, arguments: list[str]) -> None:
     code, _, err = finish(world.start(*arguments, AGENT_AUDIT_LOG="/nonexistent/audit.jsonl"))
     assert code == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import DISPATCH, PATCH, RUNNER, TARGET, World
+from conftest import PATCH, RUNNER, TARGET, World
 from standin import Fault
 
 import runner as runner_module
@@ -45,7 +44,7 @@ def test_version_and_help_need_no_settings(world: World) -> None:
     assert (code, out) == (0, f"agent-runner {runner_module.__version__}\n")
     code, out, _ = finish(world.start("--help"))
     assert code == 0
-    for option in ("--once", "--issue N", "--check", "--version"):
+    for option in ("--once", "--issue N", "--check", "--json", "--version"):
         assert option in out
     assert "--plugin" not in out
 
@@ -259,66 +258,6 @@ def test_a_secret_that_gets_into_a_log_line_is_masked(world: World) -> None:
     _, _, err = finish(world.start("--once", AGENT_POLL_INTERVALL="x", **{f"AGENT_{world.github.token}": "1"}))
     assert "AGENT_***" in err
     assert world.github.token not in err
-
-
-def test_check_finds_everything_in_place(world: World) -> None:
-    code, out, err = finish(world.start("--check"))
-    assert (code, err) == (0, ""), out
-    assert "✗" not in out
-    assert f"✓ {TARGET}: git reads the branch main, and may push" in out
-    assert world.requests("POST") == []
-
-
-@pytest.mark.parametrize(
-    ("env", "told"),
-    [
-        ({"GITHUB_TOKEN": "ghp_wrong"}, "check GITHUB_TOKEN"),
-        ({"AGENT_TARGET_REPO": "acme/nowhere"}, "✗ GitHub answered 404 to GET /repos/acme/nowhere"),
-        ({"AGENT_STATE_DIR": "/proc/nowhere"}, "Set AGENT_STATE_DIR to a folder"),
-        (
-            {"AGENT_PROCESS_TASK": "no_such_module:process_task"},
-            "✗ process_task: no_such_module:process_task",
-        ),
-    ],
-)
-def test_check_says_what_is_wrong_and_what_to_do(world: World, env: dict[str, str], told: str) -> None:
-    code, out, _ = finish(world.start("--check", **env))
-    assert code == 1
-    assert told in out
-    assert "  → " in out
-
-
-def test_check_finds_a_missing_permission_and_issues_turned_off(world: World) -> None:
-    world.github.push_denied.add(TARGET)
-    world.github.repository(DISPATCH).has_issues = False
-    code, out, _ = finish(world.start("--check"))
-    assert code == 1
-    assert f"✗ {DISPATCH}: issues are off" in out
-
-
-def test_check_finds_a_server_that_refuses_claims_and_says_the_way_out(world: World) -> None:
-    hook = world.github.repository(TARGET).path / "hooks/update"
-    hook.parent.mkdir(exist_ok=True)
-    hook.write_text('#!/bin/sh\ncase "$1" in refs/heads/*) exit 0;; *) echo "GH999: not there"; exit 1;; esac\n')
-    hook.chmod(0o755)
-    code, out, _ = finish(world.start("--check"))
-    assert code == 1
-    assert f"✗ {TARGET} refuses the push" in out
-    assert "AGENT_CLAIM_REFS=refs/heads/agent-claims" in out
-    assert finish(world.start("--check", AGENT_CLAIM_REFS="refs/heads/agent-claims"))[0] == 0
-    assert "check" not in world.github.git(TARGET, "for-each-ref")
-
-
-def test_check_finds_an_old_git(world: World, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    git = tmp_path / "bin/git"
-    git.write_text("#!/bin/sh\necho git version 2.20.1\n")
-    git.chmod(0o755)
-    _, out, _ = finish(world.start("--check", PATH=f"{tmp_path}/bin:{os.environ['PATH']}"))
-    assert "✗ git 2.20.1 is too old\n  → Install git 2.31 or newer." in out
-    git.write_text("#!/bin/sh\nexit 3\n")
-    _, out, _ = finish(world.start("--check", PATH=f"{tmp_path}/bin"))
-    assert "✗ git does not start" in out
 
 
 def test_the_file_is_a_module_without_side_effects() -> None:

@@ -125,7 +125,7 @@ def test_a_question_to_graphql_is_no_write(world: World) -> None:
     ],
 )
 def test_graphql_has_an_address_of_its_own(world: World, api: str, graphql: str) -> None:
-    assert Client(world, GITHUB_API_URL=api).github._graphql == graphql
+    assert Client(world, GITHUB_API_URL=api).github._http.graphql == graphql
 
 
 def test_a_read_is_repeated_until_github_is_back(world: World, client: Client) -> None:

@@ -585,7 +585,7 @@ def test_a_name_of_strange_characters_forges_neither_log_nor_comment(
     assert world.last_comment().count("<!-- agent_task_metadata") == 1
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", world.last_comment())
     record = next(record for record in caplog.records if "is a workflow" in record.getMessage())
-    assert "\n" not in runner._Format(world.config()).format(record)
+    assert "\n" not in runner.LogFormat(world.config()).format(record)
 
 
 def test_names_of_strange_characters_can_be_published(world: World) -> None:

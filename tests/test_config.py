@@ -26,6 +26,11 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "GITHUB_SERVER_URL": ("server_url", "https://github.com"),
     "AGENT_DISPATCH_REPO": ("dispatch_repo", "endomorphosis/lift_coding_dispatch"),
     "GITHUB_TOKEN_FILE": ("token_file", None),
+    "GITHUB_APP_ID": ("app_id", ""),
+    "GITHUB_APP_PRIVATE_KEY": ("first_app_key", ""),
+    "GITHUB_APP_PRIVATE_KEY_PATH": ("app_key_file", None),
+    "GITHUB_APP_INSTALLATION_ID": ("app_installation", ""),
+    "GITHUB_WEBHOOK_SECRET": ("webhook_secret", ""),
     "AGENT_TARGET_REPO": ("target_repo", "endomorphosis/lift_coding"),
     "AGENT_ALLOWED_TARGETS": ("allowed_targets", ("endomorphosis/lift_coding",)),
     "AGENT_ALLOWED_AUTHORS": ("allowed_authors", ()),
@@ -59,6 +64,9 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "AGENT_ALLOW_WORKFLOWS": ("allow_workflows", False),
     "AGENT_COMMIT_NAME": ("commit_name", "agent-runner"),
     "AGENT_COMMIT_EMAIL": ("commit_email", "agent-runner@noreply.github.com"),
+    "AGENT_HTTP_HOST": ("http_host", "127.0.0.1"),
+    "AGENT_HTTP_PORT": ("http_port", 0),
+    "AGENT_LOG_FORMAT": ("log_format", "text"),
     "AGENT_LOG_LEVEL": ("log_level", "INFO"),
     "AGENT_AUDIT_LOG": ("audit_log", None),
 }
@@ -99,6 +107,22 @@ BAD = [
     ("AGENT_DISK_BUDGET_MB", "10G", "whole number"),
     ("GITHUB_TOKEN_FILE", "/nonexistent", "cannot be read"),
     ("GITHUB_TOKEN_FILE", "/dev/null", "holds no token"),
+    ("GITHUB_APP_ID", "my-app", "the App's id, or its client id"),
+    ("GITHUB_APP_ID", "47 11", "the App's id, or its client id"),
+    ("GITHUB_APP_PRIVATE_KEY", "SHA256:abcdef=", "private key in PEM form"),
+    ("GITHUB_APP_PRIVATE_KEY", "-----BEGIN RSA PRIVATE KEY-----", "begins with -----BEGIN"),
+    ("GITHUB_APP_PRIVATE_KEY", "-----BEGIN PUBLIC KEY-----\\nMIIB\\n-----END PUBLIC KEY-----", "private key in PEM"),
+    ("GITHUB_APP_PRIVATE_KEY_PATH", "/nonexistent/key.pem", "'/nonexistent/key.pem', which cannot be read"),
+    ("GITHUB_APP_PRIVATE_KEY_PATH", "/dev/null", "holds no private key"),
+    ("GITHUB_APP_PRIVATE_KEY_PATH", "/", "cannot be read"),
+    ("GITHUB_APP_INSTALLATION_ID", "acme", "must be a number"),
+    ("GITHUB_APP_INSTALLATION_ID", "-1", "must be a number"),
+    ("GITHUB_WEBHOOK_SECRET", "fifteen letters", "16 characters or more"),
+    ("AGENT_HTTP_PORT", "0", "1 to 65535"),
+    ("AGENT_HTTP_PORT", "65536", "1 to 65535"),
+    ("AGENT_HTTP_PORT", "x", "1 to 65535"),
+    ("AGENT_HTTP_PORT", "80.5", "1 to 65535"),
+    ("AGENT_LOG_FORMAT", "xml", "text or json"),
     ("AGENT_WRITE_INTERVAL", "-0.1", "0 or more"),
     ("AGENT_MAX_CHANGED_FILES", "many", "whole number"),
     ("AGENT_MAX_CHANGED_BYTES", "10MB", "whole number"),
@@ -182,6 +206,9 @@ def test_an_empty_variable_counts_as_unset(name: str, value: str) -> None:
         ("AGENT_IGNORE", ",", "ignore", ()),
         ("AGENT_COMMIT_NAME", "The Agent", "commit_name", "The Agent"),
         ("AGENT_COMMIT_EMAIL", "agent@example.org", "commit_email", "agent@example.org"),
+        ("AGENT_HTTP_PORT", "65535", "http_port", 65535),
+        ("AGENT_HTTP_HOST", "::", "http_host", "::"),
+        ("AGENT_LOG_FORMAT", "JSON", "log_format", "json"),
         ("AGENT_LOG_LEVEL", "debug", "log_level", "DEBUG"),
         ("AGENT_PROCESS_TASK", "package.module:function", "process_task", "package.module:function"),
         ("AGENT_PROCESS_TASK", "patch", "process_task", "patch"),
@@ -215,6 +242,11 @@ def test_a_missing_token_is_said_beside_what_else_is_wrong() -> None:
 
 def test_a_bad_token_is_not_repeated_in_the_message() -> None:
     assert "s3cret" not in problems(GITHUB_TOKEN="s3cret with blanks")
+
+
+@pytest.mark.parametrize("name", ["GITHUB_APP_PRIVATE_KEY", "GITHUB_WEBHOOK_SECRET"])
+def test_a_bad_secret_is_not_repeated_either(name: str) -> None:
+    assert "s3cret" not in problems(**{name: "s3cret"})
 
 
 def test_the_token_shows_in_no_repr() -> None:

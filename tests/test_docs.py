@@ -25,8 +25,9 @@ from runner import FENCE, Config, Workspace, call_plugin, load_plugin, parse_tas
 ROOT = RUNNER.parent
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs/agent-runner-setup.md"
+APP_GUIDE = ROOT / "docs/github-app.md"
 COMPOSE = ROOT / "docker-compose.agent-runner.yml"
-PAGES = [README, GUIDE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [README, GUIDE, APP_GUIDE, ROOT / "docs/security.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 ENV_LINE = re.compile(r"^#?([A-Z_]+)=(.*)$", re.MULTILINE)
 YOURS = {"AGENT_DISPATCH_REPO": "you/tasks", "AGENT_TARGET_REPO": "you/project"}
 
@@ -260,7 +261,8 @@ def test_the_readmes_agent_commands_are_accepted(tmp_path: Path) -> None:
 @pytest.fixture
 def yours(world: World) -> World:
     """The repositories that the documentation speaks of."""
-    world.github.add_repository("you/tasks")
+    tasks = world.github.add_repository("you/tasks")
+    world.github.new_label(tasks, "copilot-agent")
     world.github.add_repository("you/project")
     world.env |= YOURS
     return world
@@ -273,7 +275,9 @@ def normal(text: str, world: World) -> str:
         (r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "TIME "),
         (r"\b[0-9a-f]{40}\b", "COMMIT"),
         (r"run=[0-9a-f]{16}", "run=RUN"),
-        (r"git \d[\d.]+, state in /\S+$", "git VERSION, state in FOLDER"),
+        (r"git \d[\d.]+$", "git VERSION"),
+        (r"^✓ state     /\S+$", "✓ state     FOLDER"),
+        (r"^✓ disk      [\d,]+ MB", "✓ disk      1 MB"),
     ):
         text = re.sub(pattern, form, text, flags=re.MULTILINE)
     return text
@@ -325,7 +329,7 @@ def test_the_readmes_pull_request_is_what_its_issue_brings(yours: World) -> None
 
 
 def test_the_readmes_audit_log_is_what_its_story_brings(yours: World) -> None:
-    (sample,) = fences(README, "json")
+    (sample,) = (block for block in fences(README, "json") if '"event"' in block)
     file = yours.folder / "audit.jsonl"
     yours.github.open_issue("you/tasks", title="Greet", body="Do it.")
     yours.github.open_issue("you/tasks", title="Harm", body="Do it.", author="mallory", association="NONE")
@@ -341,6 +345,77 @@ def test_the_readmes_audit_log_is_what_its_story_brings(yours: World) -> None:
         return re.sub(r"[0-9a-f]{40}", "COMMIT", json.dumps(line))
 
     assert {*map(shape, written)} <= {*map(shape, real)}
+
+
+def test_the_readmes_line_of_a_json_log_is_a_real_one(yours: World) -> None:
+    (sample,) = (json.loads(block) for block in fences(README, "json") if '"level"' in block)
+    yours.github.open_issue("you/tasks", title="Greet", body="Do it.")
+    log = yours.start("--once", AGENT_LOG_FORMAT="json").communicate()[1]
+    (line,) = (line for line in map(json.loads, log.splitlines()) if line["message"] == sample["message"])
+    assert line | {"time": ""} == sample | {"time": ""}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+    phases = re.search(r"the `phase`, which is (.+?)\.\n", read(README), re.DOTALL)
+    assert phases
+    assert tuple(re.findall(r"`(\w+)`", phases[1])) == runner.PHASES
+
+
+def test_the_guides_findings_as_json_are_of_the_real_form(yours: World) -> None:
+    (sample,) = map(json.loads, fences(GUIDE, "json"))
+    told = json.loads(yours.start("--check", "--json").communicate()[0])
+    assert told.keys() == sample.keys()
+    assert told["version"] == sample["version"]
+    assert {frozenset(row) for row in told["checks"]} == {frozenset(row) for row in sample["checks"]}
+
+
+# Metrics and the App.
+
+
+def test_the_readme_lists_every_metric_with_its_labels_values() -> None:
+    rows = table(README, "Metric")
+    listed = [name for cell in rows for name in re.findall(r"`agent_runner_(\w+)`", cell)]
+    assert listed == [*runner.METRICS]
+    for cell, (meaning,) in rows.items():
+        name = re.findall(r"`agent_runner_(\w+)`", cell)[0]
+        metric = runner.METRICS[name]
+        if metric.kind == "counter" and metric.label != "status":
+            assert [w for w in re.findall(r"`(\w+)`", meaning) if w != metric.label] == [*metric.known], name
+
+
+def test_the_readmes_alerts_speak_of_metrics_and_values_that_exist() -> None:
+    scrape, rules = map(load_yaml, fences(README, "yaml"))
+    (job,) = scrape["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:8080"]}]
+    (group,) = rules["groups"]
+    assert len(group["rules"]) == 3
+    for rule in group["rules"]:
+        names = re.findall(r"agent_runner_(\w+)", rule["expr"])
+        assert names
+        assert set(names) <= runner.METRICS.keys()
+        for label, value in re.findall(r'\{(\w+)="(\w+)"\}', rule["expr"]):
+            assert (label, value in runner.OUTCOMES) == ("outcome", True)
+
+
+def test_the_manifest_asks_for_what_the_runner_needs_and_no_more() -> None:
+    (form,) = fences(APP_GUIDE, "html")
+    manifest = json.loads(form.partition('name="manifest"')[2].partition(">")[2].partition("</textarea>")[0])
+    needed = runner.PERMISSIONS["dispatch"] | runner.PERMISSIONS["target"] | {"metadata": "read"}
+    assert manifest["default_permissions"] == needed
+    assert manifest["default_events"] == ["issues"]
+    assert (manifest["public"], manifest["hook_attributes"]["active"]) == (False, False)
+    listed = {name.strip("`"): access for name, (access, _) in table(APP_GUIDE, "Permission").items()}
+    assert listed == needed | {"workflows": "write"}
+
+
+def test_the_guide_keeps_what_github_answers_to_a_manifest(tmp_path: Path) -> None:
+    (script,) = (block for block in fences(APP_GUIDE, "sh") if "conversions" in block)
+    answer = {"id": 123456, "pem": "-----BEGIN RSA PRIVATE KEY-----\n", "webhook_secret": "x" * 40}
+    (tmp_path / "app.json").write_text(json.dumps(answer))
+    local = re.sub(r"^curl .+\n", "", script)
+    done = subprocess.run(["sh", "-ec", local], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"GITHUB_APP_ID=123456\nGITHUB_WEBHOOK_SECRET={'x' * 40}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["app.pem"]
+    assert read(tmp_path / "app.pem") == answer["pem"]
+    assert (tmp_path / "app.pem").stat().st_mode & 0o077 == 0
 
 
 # Files that other programs read.
@@ -360,8 +435,8 @@ def test_the_actions_workflow_never_puts_an_issues_text_into_a_script() -> None:
 
 
 def interpolate(text: str, env: Mapping[str, str]) -> str:
-    """What Compose makes of ${NAME:-default} and ${NAME:?message}."""
-    return re.sub(r"\$\{(\w+):([-?])([^}]*)\}", lambda m: env.get(m[1]) or m[3] * (m[2] == "-"), text)
+    """What Compose makes of ${NAME:-default}."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: env.get(match[1]) or match[2], text)
 
 
 @pytest.fixture
@@ -373,7 +448,7 @@ def service() -> dict[str, Any]:
 
 def test_the_compose_file_hands_on_the_runners_own_defaults(service: dict[str, Any]) -> None:
     """`environment` wins over `env_file`: a variable that stood there could not be set in .env."""
-    handed_on = dict(interpolate(line, {"GITHUB_TOKEN": "t0ken"}).split("=", 1) for line in service["environment"])
+    handed_on = dict(interpolate(line, {}).split("=", 1) for line in service["environment"])
     assert handed_on.keys() == {
         "GITHUB_TOKEN",
         "AGENT_DISPATCH_REPO",
@@ -382,7 +457,7 @@ def test_the_compose_file_hands_on_the_runners_own_defaults(service: dict[str, A
         "AGENT_PROCESSED_LABEL",
     }
     for name, spec in Config.variables().items():
-        assert name == "GITHUB_TOKEN" or handed_on.get(name, "") in ("", spec.metadata["default"])
+        assert handed_on.get(name, "") in ("", spec.metadata["default"])
     assert service["env_file"] == [{"path": ".env", "required": False}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -128,7 +129,8 @@ def power_cut(process: subprocess.Popen[str]) -> None:
     """Ends a runner and all that it has started in one moment."""
     os.kill(process.pid, signal.SIGSTOP)
     for pid in [process.pid, *children(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 

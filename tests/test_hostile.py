@@ -407,7 +407,7 @@ def test_the_log_says_what_was_not_passed_on(world: World, caplog: pytest.LogCap
     world.open(f"Do it.<!-- H -->{TAGS}", title="A \u202etitle")
     world.run_once(AGENT_COMMAND="tee told.txt")
     assert world.github.git(TARGET, "show", f"{world.pull().head}:told.txt") == "Do it."
-    line = f"issue=1 not passed on, for nobody sees it: invisible characters: {len(TAGS) + 1}, comments: 1"
+    line = f"not passed on, for nobody sees it: invisible characters: {len(TAGS) + 1}, comments: 1"
     assert [record.message for record in caplog.records].count(line) == 1
 
 

@@ -361,13 +361,13 @@ def test_agents_are_refused_without_the_walls_that_are_required(
 
 def test_the_page_on_security_shows_what_check_says(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (RUNNER.parent / "docs/security.md").read_text()
-    assert f"```text\n✓ {sandbox(monkeypatch)}\n```" in page
-    assert f"`✓ {sandbox(monkeypatch, AGENT_PROCESS_TASK='patch')}`" in page
+    assert f"```text\n✓ sandbox   {sandbox(monkeypatch)}\n```" in page
+    assert f"`✓ sandbox   {sandbox(monkeypatch, AGENT_PROCESS_TASK='patch')}`" in page
     assert all(f"`{name}`" in page for name in runner.CREDENTIALS)
 
 
 def test_patches_need_no_walls(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sandbox(monkeypatch, 0, 0, AGENT_PROCESS_TASK="patch") == "sandbox: patches need none"
+    assert sandbox(monkeypatch, 0, 0, AGENT_PROCESS_TASK="patch") == "patches need none"
 
 
 @pytest.mark.parametrize("home", [str(RUNNER.parent), "/", "state"])

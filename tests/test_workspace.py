@@ -13,7 +13,19 @@ import pytest
 from conftest import TARGET, World
 from standin import Fault
 
-from runner import Checkout, Config, Git, Mirror, RefMoved, TaskFailed, Unreachable, diffstat, disk_usage, remove_tree
+from runner import (
+    Checkout,
+    Config,
+    Git,
+    Mirror,
+    RefMoved,
+    SignIn,
+    TaskFailed,
+    Unreachable,
+    diffstat,
+    disk_usage,
+    remove_tree,
+)
 
 MAIN = "refs/heads/main"
 BRANCH = "refs/heads/agent-task-1"
@@ -24,7 +36,7 @@ class Place:
 
     def __init__(self, world: World, name: str = "run", **env: str) -> None:
         self.world, self.config = world, world.config(**env)
-        self.git = Git(self.config)
+        self.git = Git(SignIn(self.config))
         self.mirror = Mirror(self.git, self.config, TARGET)
         commit = self.mirror.fetch(MAIN, self.git.refs(TARGET, MAIN)[1][MAIN])
         folder = self.config.state_dir / "work" / name
@@ -369,7 +381,7 @@ def test_threads_share_a_mirror(world: World) -> None:
 def test_an_empty_repository_has_no_default_branch(world: World) -> None:
     world.github.add_repository("acme/empty", files=None)
     config = world.config()
-    found = Git(config).refs("acme/empty", "HEAD")
+    found = Git(SignIn(config)).refs("acme/empty", "HEAD")
     assert found == ("", {})
 
 
@@ -378,13 +390,13 @@ def test_a_repository_that_the_token_may_not_read_is_told(world: World, name: st
     world.github.hidden.add(TARGET)
     config = world.config()
     with pytest.raises(TaskFailed, match=hint):
-        Git(config).refs(name, "HEAD")
+        Git(SignIn(config)).refs(name, "HEAD")
 
 
 def test_a_wrong_token_is_told(world: World) -> None:
     config = world.config(GITHUB_TOKEN="ghp_wrong")
     with pytest.raises(TaskFailed, match="cannot be read or pushed to"):
-        Git(config).refs(TARGET, "HEAD")
+        Git(SignIn(config)).refs(TARGET, "HEAD")
 
 
 def test_a_push_that_is_not_allowed_is_told(world: World, place: Place) -> None:
@@ -399,7 +411,7 @@ def test_a_git_server_in_trouble_is_worth_another_try(world: World, fault: dict[
     world.github.faults.append(Fault(kind="git", **fault))  # type: ignore[arg-type]
     config = world.config()
     with pytest.raises(Unreachable):
-        Git(config).refs(TARGET, "HEAD")
+        Git(SignIn(config)).refs(TARGET, "HEAD")
 
 
 def spy(folder: Path) -> Path:
@@ -451,7 +463,7 @@ def test_the_machines_git_configuration_is_not_read(
 
 def test_what_git_may_need_of_the_network_settings_is_passed_on(world: World, config: Config) -> None:
     env = {"HTTPS_PROXY": "http://p:1", "no_proxy": "x", "SSL_CERT_FILE": "/c", "OTHER": "no"}
-    passed = Git(world.config(**env))._env
+    passed = Git(SignIn(world.config(**env)))._env
     assert {name: passed[name] for name in env if name in passed} == {
         name: value for name, value in env.items() if name != "OTHER"
     }
