@@ -30,7 +30,8 @@ from standin_graphql import answer_query
 
 ROOT = Path(__file__).parents[1]
 DISPATCH, TARGET, LABEL = "Codertocat/Hello-World", "acme/greeter", "bug"  # as in GitHub's published examples
-SECRET = "It's a Secret to Everybody"  # nosec B105: that of GitHub's published examples
+# The one of GitHub's published examples.
+SECRET = "It's a Secret to Everybody"  # nosec B105
 
 
 def main() -> int:
