@@ -4252,11 +4252,12 @@ class Doctor:
         token = self._sign_in.token(config.dispatch_repo)
         kind = next((kind for start, kind in TOKENS.items() if token.startswith(start)), "token")
         until = self._headers.get("github-authentication-token-expiration")
-        return f"{kind}{self._check_scopes()}" + (f", until {until}" if until else "")
+        return f"{kind}{self._check_scopes(token)}" + (f", until {until}" if until else "")
 
-    def _check_scopes(self) -> str:
+    def _check_scopes(self, token: str) -> str:
         """https://docs.github.com/apps/oauth-apps/building-oauth-apps/scopes-for-oauth-apps"""
-        if (told := self._headers.get("x-oauth-scopes")) is None:  # only some kinds of tokens have scopes
+        told = self._headers.get("x-oauth-scopes")
+        if told is None or token.startswith(("github_pat_", "ghs_", "ghu_")):  # which have permissions instead
             return ""
         scopes = {scope.strip() for scope in told.split(",")}
         if scopes.isdisjoint({"repo", "public_repo"}):
