@@ -4041,7 +4041,7 @@ def serving(runner: Runner) -> Iterator[None]:
     except (OSError, UnicodeError) as error:
         why = f"AGENT_HTTP_HOST and AGENT_HTTP_PORT, {host} and {port}: {getattr(error, 'strerror', '') or error}"
         raise TaskFailed(why, PORT_ADVICE) from None
-    threading.Thread(target=face.serve_forever, name="http", daemon=True).start()
+    threading.Thread(target=face.serve_forever, args=(0.1,), name="http", daemon=True).start()
     log.info("status page on %s", http_address(runner.config))
     try:
         yield
