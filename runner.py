@@ -92,6 +92,7 @@ WEBHOOK_ECHO = 5  # seconds by which GitHub's lists may lag behind a webhook
 CONNECTIONS, HTTP_PATIENCE = 128, 10  # to the HTTP face at a time, and seconds that each may take, as at GitHub's end
 MAX_DELIVERY = 1024**2  # bytes of a webhook delivery; GitHub sends more only for events that are no news here
 DELIVERIES_KNOWN = 1000
+COMPLAINT_PAUSE = 60  # seconds between two complaints about deliveries that anybody may send
 QUEUE_SHOWN = 100
 HISTORY_KEPT = 50  # attempts that the status page shows
 PROGRESS_PAUSE = 60  # seconds between two edits of comments that only tell how work goes on
@@ -3882,6 +3883,7 @@ class HttpFace(ThreadingHTTPServer):
         self.runner = runner
         self._open: OrderedDict[Any, float] = OrderedDict()  # the connections, and since when they are there
         self._known: OrderedDict[str, None] = OrderedDict()  # the signatures of the last deliveries
+        self._complained = -math.inf
         self._lock = threading.Lock()
         host, port = runner.config.http_host, runner.config.http_port
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3904,10 +3906,17 @@ class HttpFace(ThreadingHTTPServer):
                 self._known.popitem(last=False)
             return new
 
+    def may_complain(self) -> bool:
+        """Whether the log may tell of a bad delivery, which it does once a minute."""
+        with self._lock:
+            now, last = self.runner.clock.monotonic(), self._complained
+            self._complained = now if now - last >= COMPLAINT_PAUSE else last
+            return self._complained != last
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
             self._open[request] = self.runner.clock.monotonic()
-            oldest = [*self._open][: -CONNECTIONS or None] if len(self._open) > CONNECTIONS else []
+            oldest = [*self._open][: max(0, len(self._open) - CONNECTIONS)]
         self._cut(oldest)
         super().process_request(request, client_address)
 
@@ -3951,13 +3960,12 @@ class Exchange(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         runner, path = self.server.runner, self.path.partition("?")[0]
         if path == "/healthz":
-            self._answer(
-                200 if runner.healthy else 503, "ok\n" if runner.healthy else "the queue was not read lately\n"
-            )
+            healthy = runner.healthy
+            self._answer(200 if healthy else 503, "ok\n" if healthy else "The queue was not read lately.\n")
+        elif path == "/webhook" and runner.config.webhook_secret:
+            self._answer(405, "Webhooks are sent by POST.\n")
         elif path not in ("/", "/status.json", "/metrics"):
-            self._answer(
-                405 if path == "/webhook" and runner.config.webhook_secret else 404, "There is nothing here.\n"
-            )
+            self._answer(404, "There is nothing here.\n")
         elif not self._is_asked_by_its_name():
             self._answer(421, "Ask by this machine's address or as localhost.\n")
         elif path == "/":
@@ -3977,7 +3985,8 @@ class Exchange(BaseHTTPRequestHandler):
             return
         status, result, told = self._take_delivery(runner)
         runner.metrics.count("webhooks_total", result)
-        log.debug("webhook %s: %s", self.headers.get("x-github-event"), told)
+        loud = result == "refused" and self.server.may_complain()
+        log.log(logging.WARNING if loud else logging.DEBUG, "webhook from %s: %s", self.client_address[0], told)
         self._answer(status, f"{told}\n")
 
     def _take_delivery(self, runner: Runner) -> tuple[int, str, str]:

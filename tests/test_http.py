@@ -207,7 +207,8 @@ def open_bug(world: World, body: str = PATCH) -> None:
 def assert_well(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     assert site.ask("/healthz").status == 200
     assert "Traceback" not in caplog.text
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    loud = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [text for text in loud if not text.startswith("webhook from 127.0.0.1: ")] == []
 
 
 # -- webhooks --------------------------------------------------------------------------------------
@@ -410,6 +411,18 @@ def test_no_signature_header_at_all_is_refused(hello: World) -> None:
         assert site.ask("/webhook", "POST", example("opened").body, **headers).status == 401
         assert site.ask("/webhook", "POST", b"", **headers).status == 401
         assert site.ask("/webhook", "POST", b"", X_GitHub_Event="ping").status == 401
+
+
+def test_a_wrong_secret_shows_in_the_log_but_a_flood_does_not(hello: World, caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    with served(hello, clock, **HOOKED) as (_, site):
+        for _ in range(5):
+            site.deliver(Delivery(NO_JSON, ""))
+        clock.at += 61
+        site.deliver(Delivery(NO_JSON, ""))
+    complaints = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(complaints) == 2
+    assert all("is the secret the same?" in text for text in complaints)
 
 
 @pytest.mark.parametrize(
@@ -777,7 +790,7 @@ def test_health_hangs_on_polls_that_work(world: World) -> None:
         assert site.ask("/healthz").status == 200
         clock.at += 1
         answer = site.ask("/healthz")
-        assert (answer.status, answer.text) == (503, "the queue was not read lately\n")
+        assert (answer.status, answer.text) == (503, "The queue was not read lately.\n")
         assert site.ask("/status.json").json()["healthy"] is False
         world.github.faults.append(Fault(path=".*/issues", status=502))
         runner.tick()
