@@ -4412,12 +4412,13 @@ def run(config: Config, once: bool, issue: int | None, handler: logging.Handler)
     return 0 if good and not runner.stop.is_set() else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    about = "Turns labelled GitHub issues into pull requests with the agent of your choice."
+def command_line() -> argparse.ArgumentParser:
+    """The options; two of them are for the runner itself."""
+    what = "Turns labelled GitHub issues into pull requests with the agent of your choice."
     more = """Everything else is set by environment variables, or in a file .env in the current folder; README.md lists
     them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one ends it now, SIGHUP
     looks for work at once. Exit codes: 0 all well, 1 something failed, 2 set up wrongly."""
-    parser = argparse.ArgumentParser(description=about, epilog=more)
+    parser = argparse.ArgumentParser(description=what, epilog=more)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--once", action="store_true", help="poll once, finish its tasks, exit")
     how.add_argument("--issue", type=int, metavar="N", help="run one issue, exit")
@@ -4426,6 +4427,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
     how.add_argument("--supervise", type=int, metavar="FILE", help=argparse.SUPPRESS)
     how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
+    return parser
+
+
+def log_handler(config: Config, is_check: bool) -> logging.Handler:
+    """Where the log goes: to standard error, which may be a terminal that can write a line over."""
+    able = sys.stderr.isatty() and config.env.get("TERM") not in (None, "", "dumb")
+    handler = Terminal() if able and config.log_format == "text" and not is_check else logging.StreamHandler()
+    handler.setFormatter(LogFormat(config))
+    return handler
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line()
     options = parser.parse_args(arguments)
     if options.json and not options.check:
         parser.error("--json goes with --check")
@@ -4448,9 +4462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error if isinstance(error, ConfigError) else f"cannot read .env: {error}", file=sys.stderr)
         return 2
     os.environ.update({name: value for name, value in env.items() if NETWORK.fullmatch(name)})  # requests looks there
-    on_terminal = sys.stderr.isatty() and env.get("TERM") not in (None, "", "dumb") and config.log_format == "text"
-    handler = Terminal() if on_terminal and not options.check else logging.StreamHandler()
-    handler.setFormatter(LogFormat(config))
+    handler = log_handler(config, options.check)
     logging.basicConfig(level=config.log_level, handlers=[handler], force=True)
     for warning in config.unknown():
         log.warning("%s", warning)
