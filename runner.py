@@ -1571,8 +1571,9 @@ class GitHub:
         path, find = f"{self._dispatch}/issues/{number}/comments", lambda: self.find_comment(number, marker)
         return int(self._create(path, {"body": text}, find, again)["id"])
 
-    def edit_comment(self, comment: int, text: str) -> None:
-        self._repeat("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
+    def edit_comment(self, comment: int, text: str, patient: bool = True) -> None:
+        send = self._repeat if patient else self.request
+        send("PATCH", f"{self._dispatch}/issues/comments/{comment}", {"body": text})
 
     def add_label(self, number: int, label: str, looks: tuple[str, str]) -> None:
         """Labels an issue. A label that the repository lacks GitHub makes, grey and without a description; the answer
@@ -3362,10 +3363,9 @@ class Attempt:
         try:
             if self.task and self.can_tell:
                 self.told = self._runner.clock.monotonic()
-                body = {"body": render_comment(self._run, "start", self._working(self.task))}
-                path = f"/repos/{self._config.dispatch_repo}/issues/comments/{self._comments['start']}"
+                body = render_comment(self._run, "start", self._working(self.task))
                 with work_on(self.facts):
-                    self._github.request("PATCH", path, body)
+                    self._github.edit_comment(self._comments["start"], body, patient=False)
         except RunnerError as error:
             log.debug("no progress is told: %s", error)
         finally:
@@ -3679,6 +3679,8 @@ class Runner:
 
 # -- The HTTP face: health, metrics, a page for people, and GitHub's webhooks. Off unless it has a port.
 
+PORT_ADVICE = "Set AGENT_HTTP_PORT to a port that is free, another one for each runner of a machine."
+
 
 def describe(runner: Runner) -> dict[str, Any]:
     """What a runner does now, as `/status.json` gives it: times in seconds, no secrets."""
@@ -3872,6 +3874,10 @@ def read_payload(content_type: str, body: bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def address_family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 class HttpFace(ThreadingHTTPServer):
     """The server. Nothing that comes in can hurt the loop: there are so many connections at most, for so long; when
     there are too many, the oldest is cut off."""
@@ -3886,7 +3892,7 @@ class HttpFace(ThreadingHTTPServer):
         self._complained = -math.inf
         self._lock = threading.Lock()
         host, port = runner.config.http_host, runner.config.http_port
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.address_family = address_family(host)
         super().__init__((host, port), Exchange)
 
     def server_bind(self) -> None:
@@ -4083,7 +4089,6 @@ def showing(runner: Runner, handler: logging.Handler) -> Iterator[None]:
 
 # -- The doctor: what `--check` looks at, and what it advises. --------------------------------------
 
-PORT_ADVICE = "Set AGENT_HTTP_PORT to a port that is free, another one for each runner of a machine."
 TOKENS = {  # https://docs.github.com/authentication/keeping-your-account-and-data-secure/about-authentication-to-github
     "ghp_": "classic token",
     "github_pat_": "fine-grained token",
@@ -4182,8 +4187,8 @@ def check_http(config: Config) -> str:
     if not config.http_port:
         return "off, for AGENT_HTTP_PORT is not set"
     try:
-        family = socket.AF_INET6 if ":" in config.http_host else socket.AF_INET
-        socket.create_server((config.http_host, config.http_port), family=family).close()
+        place = config.http_host, config.http_port
+        socket.create_server(place, family=address_family(config.http_host)).close()
     except (OSError, UnicodeError) as error:
         if not is_runner_there(config):
             why = getattr(error, "strerror", "") or error

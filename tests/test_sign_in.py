@@ -993,6 +993,16 @@ def proxy() -> Iterator[Proxy]:
         thread.join()
 
 
+def do_one_issue(world: AppWorld, settings: dict[str, str], place: str) -> None:
+    """A task, done by a process that has these settings in its environment or in .env."""
+    if place == ".env":
+        put_env_file(world, **settings)
+    world.open()
+    code, _, err = finish(world.start("--once", **(settings if place == "environment" else {})))
+    assert code == 0, err
+    assert_the_app_did_it(world)
+
+
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 @pytest.mark.parametrize("place", ["environment", ".env"])
 def test_api_and_git_go_through_a_proxy(world: AppWorld, proxy: Proxy, name: str, place: str) -> None:
@@ -1000,12 +1010,7 @@ def test_api_and_git_go_through_a_proxy(world: AppWorld, proxy: Proxy, name: str
     world.github.api_url = f"{world.github.server_url}/api/v3"
     world.env |= {"GITHUB_SERVER_URL": world.github.server_url, "GITHUB_API_URL": world.github.api_url}
     settings = {name: proxy.url}
-    if place == ".env":
-        put_env_file(world, **settings)
-    world.open()
-    code, _, err = finish(world.start("--once", **(settings if place == "environment" else {})))
-    assert code == 0, err
-    assert_the_app_did_it(world)
+    do_one_issue(world, settings, place)
     assert len(proxy.seen) == len(world.github.log)
     assert {agent.partition("/")[0] for agent, _ in proxy.seen} == {"agent-runner", "git"}
 
@@ -1014,10 +1019,5 @@ def test_api_and_git_go_through_a_proxy(world: AppWorld, proxy: Proxy, name: str
 @pytest.mark.parametrize("place", ["environment", ".env"])
 def test_a_server_that_needs_no_proxy_is_reached_without(world: AppWorld, proxy: Proxy, name: str, place: str) -> None:
     settings = {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, name: "example.com,127.0.0.1"}
-    if place == ".env":
-        put_env_file(world, **settings)
-    world.open()
-    code, _, err = finish(world.start("--once", **(settings if place == "environment" else {})))
-    assert code == 0, err
-    assert_the_app_did_it(world)
+    do_one_issue(world, settings, place)
     assert proxy.seen == []
