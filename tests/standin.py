@@ -184,6 +184,8 @@ class Pull(Issue):
     base_sha: str
     draft: bool = False
     html_url: str = ""
+    reviewers: list[str] = field(default_factory=list)  # whose review is requested: logins
+    team_reviewers: list[str] = field(default_factory=list)  # and slugs of teams
 
 
 @dataclass
@@ -194,6 +196,8 @@ class Repository:
     default_branch: str
     private: bool = False
     has_issues: bool = True
+    has_drafts: bool = True  # private repositories of free plans have no draft pull requests
+    teams: set[str] = field(default_factory=set)  # slugs of those that may review
     moved_to: str | None = None  # owner/repo after a rename or transfer
     labels: dict[str, Label] = field(default_factory=dict)  # by lower-case name
     issues: dict[int, Issue] = field(default_factory=dict)
@@ -230,14 +234,15 @@ class Actor:
         """https://docs.github.com/en/rest/using-the-rest-api/troubleshooting-the-rest-api#resource-not-accessible"""
         return f"Resource not accessible by {'personal access token' if self.kind == 'user' else 'integration'}"
 
-    def holds(self, needs: str) -> bool:
+    def holds(self, needs: str, *, pull: bool = False) -> bool:
         """Whether a permission such as "issues=write" is held, or none is needed.
 
-        Of several ("issues=write; pull_requests=write") the first counts: the others are for pull requests only, which
-        nobody comments on or labels here.
+        Of several ("issues=write; pull_requests=write") each is enough for a pull request, and the first for the rest.
         """
-        name, _, level = needs.partition(";")[0].partition("=")
-        return self.permissions is None or not needs or grants(self.permissions, {name: level})
+        if self.permissions is None or not needs:
+            return True
+        wanted = [need.partition("=") for need in needs.split("; ")]
+        return any(grants(self.permissions, {name: level}) for name, _, level in wanted[: None if pull else 1])
 
 
 def grants(held: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
@@ -263,6 +268,7 @@ class StandIn:
         root: Path,
         *,
         token: str = "ghp_" + string.digits + string.ascii_lowercase,
+        address: str = "127.0.0.1",
         port: int = 0,
         check: Callable[[RecordedRequest], None] | None = None,
         graphql: Callable[[StandIn, RecordedRequest], Json] | None = None,
@@ -271,7 +277,7 @@ class StandIn:
         now: Callable[[], float] = time.time,
     ) -> None:
         self.root, self.token, self.check, self.graphql, self.now = root, token, check, graphql, now
-        self.app, self.tls = app, tls
+        self.app, self.tls, self.address = app, tls, address
         self.login = "agent-runner"  # whose personal token it is
         self.scopes: str | None = "repo"  # of that token; None: it tells none and may do everything
         self.fine_grained: dict[str, str] | None = None  # its permissions, which make it a fine-grained one
@@ -293,7 +299,7 @@ class StandIn:
         self._server: _Server | None = _Server(self, port)
         self._thread: threading.Thread | None = None
         self.port: int = self._server.server_address[1]
-        self.server_url = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
+        self.server_url = f"https://localhost:{self.port}" if tls else f"http://{address}:{self.port}"
         self.api_url = self.server_url + API_PREFIX
 
     # Life.
@@ -558,6 +564,11 @@ class StandIn:
         self.touch(issue)
         issue.events.append(Event(kind, by, issue.updated_at, label))
 
+    def set_draft(self, pull: Pull, draft: bool) -> None:
+        with self.lock:
+            pull.draft = draft
+            self.touch(pull)
+
     def set_state(self, issue: Issue, state: str) -> None:
         with self.lock:
             if issue.state != state:
@@ -610,6 +621,10 @@ class StandIn:
         may_write = whole or "public_repo" in scopes
         return Actor(self.login, "user", lambda repo: whole or not repo.private, may_write=may_write)
 
+    def may_push(self, repo: Repository) -> bool:
+        """Whether who asks may write to the repository, as far as its role in there tells."""
+        return self.actor is not None and self.actor.may_write and repo.name not in self.push_denied
+
     def find(self, name: str) -> Repository | None:
         """The repository, unless the token may not see it."""
         try:
@@ -660,10 +675,10 @@ class Answer:
 class HttpError(Exception):
     """An answer that is not a success."""
 
-    def __init__(self, status: int, message: str, errors: list[Json] | None = None) -> None:
+    def __init__(self, status: int, message: str, errors: Sequence[Json | str] | None = None) -> None:
         super().__init__(message)
         data = {"message": message, "documentation_url": DOCUMENTATION, "status": str(status)}
-        self.answer = Answer(status, data | ({"errors": errors} if errors else {}))
+        self.answer = Answer(status, data | ({"errors": list(errors)} if errors else {}))
 
 
 def invalid(resource: str, name: str | None, code: str, message: str | None = None) -> HttpError:
@@ -730,6 +745,12 @@ class Call:
         if not isinstance(pull, Pull):
             raise HttpError(404, "Not Found")
         return pull
+
+    @property
+    def is_about_a_pull(self) -> bool:
+        """Whether the path has the number of a pull request, which is an issue too."""
+        repo = self.github.find(f"{self.args['owner']}/{self.args['repo']}") if "number" in self.args else None
+        return repo is not None and isinstance(repo.issues.get(int(self.args["number"])), Pull)
 
     def moved(self, repo: Repository, tail: str) -> HttpError:
         """https://docs.github.com/en/rest/using-the-rest-api/best-practices-for-using-the-rest-api#follow-redirects"""
@@ -922,7 +943,7 @@ def check_access(call: Call, found: Route) -> None:
         raise HttpError(404, "Not Found")
     if found.method != "GET" and not actor.may_write:
         raise HttpError(404, "Not Found")
-    if not actor.holds(found.needs):
+    if not actor.holds(found.needs, pull=call.is_about_a_pull):
         refusal = HttpError(403, actor.refusal)
         refusal.answer.headers["x-accepted-github-permissions"] = found.needs
         raise refusal
@@ -1184,6 +1205,11 @@ def add_labels(call: Call) -> Answer:
     issue, names = call.issue, label_names(call)
     if not names:
         raise invalid("Label", "name", "missing_field")
+    if not call.actor.holds("issues=write") and any(name.lower() not in call.repo.labels for name in names):
+        # Who may label pull requests only may make no label:
+        # https://github.com/actions/labeler#recommended-permissions
+        error = {"resource": "Repository", "field": "label", "code": "unauthorized"}
+        raise HttpError(403, "You do not have permission to create labels on this repository.", [error])
     for name in names:
         call.github.label_issue(call.repo, issue, name, call.actor.login)
     return Answer(200, labels_of(call, issue))
@@ -1295,6 +1321,9 @@ def create_pull(call: Call) -> Answer:
     title = call.text("PullRequest", "title", MAX_TITLE, required=True) or ""
     body = call.text("PullRequest", "body", MAX_BODY)
     head, base, heads = compared(call)
+    draft = call.body.get("draft") is True
+    if draft and not repo.has_drafts:
+        raise HttpError(422, "Draft pull requests are not supported in this repository.")
     with call.github.lock:
         for pull in call.github.pulls(repo.name):
             if (pull.state, pull.head, pull.base) == ("open", head, base):
@@ -1303,7 +1332,7 @@ def create_pull(call: Call) -> Answer:
         values = call.github.new_issue(repo, title, body, call.actor.login, call.actor.association)
         more = {"base": base, "head_sha": heads[head], "base_sha": heads[base]}
         pull = call.github.new_pull(repo, values, head, **more)
-        pull.draft = call.body.get("draft") is True
+        pull.draft = draft
         repo.issues[pull.number] = pull
         return Answer(201, render_pull(call, pull))
 
@@ -1352,6 +1381,37 @@ def update_pull(call: Call) -> Answer:
     return Answer(200, render_pull(call, pull))
 
 
+@route("POST", REPO + "/pulls/{number}/requested_reviewers", "reviewers team_reviewers")
+def request_reviewers(call: Call) -> Answer:
+    """All or none: https://docs.github.com/en/rest/pulls/review-requests#request-reviewers-for-a-pull-request"""
+    pull = call.pull
+    users, teams = ([name.lower() for name in call.body.get(key, [])] for key in ("reviewers", "team_reviewers"))
+    if not call.github.may_push(call.repo):
+        raise HttpError(403, call.actor.refusal)
+    if not users + teams:
+        call.github.problem(call.request, "nobody is asked for a review")
+        raise HttpError(422, "Validation Failed")
+    if pull.user.lower() in users:
+        raise HttpError(422, "Review cannot be requested from pull request author.")
+    known_users, known_teams = reviewers_of(call.github, call.repo)
+    if not (known_users.keys() >= set(users) and known_teams.keys() >= set(teams)):
+        which = f"One or more of the users or teams you specified is not a collaborator of the {call.repo.full_name}"
+        raise HttpError(422, f"Reviews may only be requested from collaborators. {which} repository.")
+    if teams and not call.actor.holds("members=read"):  # https://github.com/actions/github-script/issues/284
+        error = f"Could not resolve to a node with the global id of 'T_{teams[0]}'."
+        raise HttpError(422, "Validation Failed", [error])
+    pull.reviewers = list(dict.fromkeys(pull.reviewers + [known_users[login] for login in users]))
+    pull.team_reviewers = list(dict.fromkeys(pull.team_reviewers + [known_teams[slug] for slug in teams]))
+    call.github.touch(pull)
+    return Answer(201, render_pull(call, pull))
+
+
+def reviewers_of(github: StandIn, repo: Repository) -> tuple[dict[str, str], dict[str, str]]:
+    """Users and teams that can be asked for a review, by their names in lower case; to read is enough."""
+    users = [login for login, permission in github.permissions.items() if permission != "none"]
+    return {login.lower(): login for login in users}, {slug.lower(): slug for slug in repo.teams}
+
+
 # What things look like as JSON.
 
 
@@ -1359,6 +1419,25 @@ def render_user(login: str) -> Json:
     kind = "Bot" if login.endswith("[bot]") else "User"
     number = 1 + sum(login.encode()) if login != "agent-runner" else 1
     return {"login": login, "id": number, "node_id": f"U_{number}", "type": kind}
+
+
+def render_team(call: Call, slug: str) -> Json:
+    number, owner = 1 + sum(slug.encode()), call.repo.owner
+    url = f"{call.github.api_url}/organizations/{render_user(owner)['id']}/team/{number}"
+    return {
+        "id": number,
+        "node_id": f"T_{slug}",
+        "name": slug,
+        "slug": slug,
+        "description": None,
+        "privacy": "closed",
+        "permission": "push",
+        "url": url,
+        "html_url": f"{call.github.server_url}/orgs/{owner}/teams/{slug}",
+        "members_url": f"{url}/members{{/member}}",
+        "repositories_url": f"{url}/repos",
+        "parent": None,
+    }
 
 
 def render_repository(github: StandIn, repo: Repository) -> Json:
@@ -1431,7 +1510,7 @@ def render_issue(call: Call, issue: Issue) -> Json:
     }
     if isinstance(issue, Pull):
         pull_url = f"{repository_url}/pulls/{issue.number}"
-        shown |= {"html_url": issue.html_url, "draft": issue.draft}
+        shown |= {"node_id": f"PR_{issue.id}", "html_url": issue.html_url, "draft": issue.draft}
         shown["pull_request"] = {"url": pull_url, "html_url": issue.html_url, "merged_at": None}
     return shown
 
@@ -1461,10 +1540,11 @@ def render_pull(call: Call, pull: Pull) -> Json:
     for key in ("pull_request", "state_reason", "repository_url", "labels_url"):
         del shown[key]
     return shown | {
-        "node_id": f"PR_{pull.id}",
         "url": pull_url,
         "issue_url": issue_url,
         "merged_at": None,
+        "requested_reviewers": [render_user(login) for login in pull.reviewers],
+        "requested_teams": [render_team(call, slug) for slug in pull.team_reviewers],
         **{
             side: {
                 "label": f"{call.repo.owner}:{ref}",
@@ -1613,7 +1693,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, github: StandIn, port: int) -> None:
         self.github = github
         self.connections: dict[threading.Thread, socket.socket] = {}
-        super().__init__(("127.0.0.1", port), _Handler, bind_and_activate=False)
+        super().__init__((github.address, port), _Handler, bind_and_activate=False)
         self.server_bind()
 
     def server_bind(self) -> None:

@@ -7,26 +7,36 @@ A query that the schema does not know, or that wants what is not served, ends up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from graphql import GraphQLError, GraphQLSchema, build_schema, graphql_sync
-from standin import Event, Issue, Json, Pull, RecordedRequest, StandIn
+from standin import Event, Issue, Json, Pull, RecordedRequest, Repository, StandIn
 
 SCHEMA = Path(__file__).with_name("graphql_schema") / "github.graphql"
 TIMELINE = {"labeled": ("LABELED_EVENT", "LabeledEvent"), "renamed": ("RENAMED_TITLE_EVENT", "RenamedTitleEvent")}
 
 
-class NotFound(Exception):
+class Refused(Exception):
     """What GitHub, too, answers with an error."""
+
+    kind = "UNPROCESSABLE"
+
+
+class NotFound(Refused):
+    kind = "NOT_FOUND"
+
+
+class Forbidden(Refused):
+    kind = "FORBIDDEN"
 
 
 def answer_query(github: StandIn, request: RecordedRequest) -> Json:
     """What GitHub answers to a query; it has errors beside the data, and the status 200 for both."""
     query, variables = request.json.get("query"), request.json.get("variables")
-    result = graphql_sync(schema(), query, {"repository": Resolver(github).repository}, variable_values=variables)
+    result = graphql_sync(schema(), query, Resolver(github).root(), variable_values=variables)
     for error in result.errors or []:
-        if not isinstance(error.original_error, NotFound):
+        if not isinstance(error.original_error, Refused):
             github.problem(request, str(error))
     errors = [render_error(error) for error in result.errors or []]
     return {"data": result.data, **({"errors": errors} if errors else {})}
@@ -38,8 +48,8 @@ def schema() -> GraphQLSchema:
 
 
 def render_error(error: GraphQLError) -> Json:
-    kind = {"type": "NOT_FOUND"} if isinstance(error.original_error, NotFound) else {}
-    return {**kind, **error.formatted}
+    refused = error.original_error
+    return {**({"type": refused.kind} if isinstance(refused, Refused) else {}), **error.formatted}
 
 
 class Resolver:
@@ -48,6 +58,46 @@ class Resolver:
 
     def __init__(self, github: StandIn) -> None:
         self.github = github
+
+    def root(self) -> Json:
+        """Of queries and of mutations: their fields have different names."""
+        return {
+            "repository": self.repository,
+            "convertPullRequestToDraft": partial(self.set_draft, True),
+            "markPullRequestReadyForReview": partial(self.set_draft, False),
+        }
+
+    def set_draft(self, draft: bool, _info: object, input: Json) -> Json | None:  # noqa: A002
+        """What GitHub answers where nothing is to change is not documented; its schema allows for null, so that is it.
+
+        https://docs.github.com/en/graphql/reference/mutations#convertpullrequesttodraft
+        """
+        node, actor = input["pullRequestId"], self.github.actor
+        repo, pull = self.pull(node)
+        assert actor is not None
+        # It takes both: https://github.com/argoproj/argo-workflows/pull/16639
+        if not (actor.holds("pull_requests=write") and actor.holds("contents=write")):
+            raise Forbidden(actor.refusal)
+        if not self.github.may_push(repo) or (draft and not repo.has_drafts):
+            what = (
+                f"convert the pull request {node} to draft"
+                if draft
+                else f"mark the pull request {node} ready for review"
+            )
+            raise Forbidden(f"{actor.login} does not have permission to {what}.")
+        if pull.state != "open":
+            raise Refused("Pull request is closed.")
+        if pull.draft == draft:
+            return None
+        self.github.set_draft(pull, draft)
+        return {"pullRequest": {"id": node, "isDraft": pull.draft, "number": pull.number}}
+
+    def pull(self, node: str) -> tuple[Repository, Pull]:
+        for repo in list(self.github.repositories.values()):
+            for issue in repo.issues.values():
+                if isinstance(issue, Pull) and node == f"PR_{issue.id}" and self.github.find(repo.full_name):
+                    return repo, issue
+        raise NotFound(f"Could not resolve to a node with the global id of '{node}'")
 
     def repository(self, _info: object, owner: str, name: str, **_renames: bool) -> Json:
         repo = self.github.find(f"{owner}/{name}")

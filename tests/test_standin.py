@@ -653,6 +653,184 @@ def test_of_many_who_open_the_same_pull_request_one_wins(github: StandIn) -> Non
     assert github.rate_remaining == 5000 - 8
 
 
+def test_a_pull_request_may_be_a_draft(github: StandIn) -> None:
+    branch_off(github, "work")
+    made = post(github, PULLS, PULL | {"draft": True})
+    assert (made.status, made.json["draft"]) == (201, True)
+    assert github.pulls(REPO)[0].draft is True
+    shown = get(github, f"{ISSUES}/1").json
+    assert (shown["draft"], shown["node_id"]) == (True, made.json["node_id"])
+    branch_off(github, "other")
+    assert post(github, PULLS, PULL | {"head": "other"}).json["draft"] is False
+
+
+def test_a_repository_may_have_no_drafts(github: StandIn) -> None:
+    branch_off(github, "work")
+    github.repository(REPO).has_drafts = False
+    refused = post(github, PULLS, PULL | {"draft": True})
+    message = "Draft pull requests are not supported in this repository."
+    assert (refused.status, refused.json["message"], "errors" in refused.json) == (422, message, False)
+    assert github.pulls(REPO) == []
+    assert post(github, PULLS, PULL | {"draft": False}).status == 201
+    assert github.problems == []
+
+
+def test_a_pull_request_is_labelled_as_an_issue_is(github: StandIn) -> None:
+    number = open_pull(github)
+    labels = post(github, f"{ISSUES}/{number}/labels", {"labels": ["agent"]}).json
+    assert [label["name"] for label in labels] == ["agent"]
+    assert [label["name"] for label in get(github, f"{PULLS}/{number}").json["labels"]] == ["agent"]
+    assert github.pulls(REPO)[0].labels == ["agent"]
+    assert github.problems == []
+
+
+def open_pull(github: StandIn, **changed: Any) -> int:
+    branch_off(github, "work")
+    return int(post(github, PULLS, PULL | changed).json["number"])
+
+
+# Reviews.
+
+
+@pytest.fixture
+def asking(github: StandIn) -> str:
+    """The path to ask for reviews of a pull request at."""
+    github.permissions |= {"Octocat": "write", "hubot": "read", "gone": "none"}
+    github.repository(REPO).teams |= {"core", "docs"}
+    return f"{PULLS}/{open_pull(github)}/requested_reviewers"
+
+
+def test_reviews_are_requested_from_users_and_teams(github: StandIn, asking: str) -> None:
+    asked_for = post(github, asking, {"reviewers": ["octocat", "hubot"], "team_reviewers": ["CORE"]})
+    assert asked_for.status == 201
+    assert [user["login"] for user in asked_for.json["requested_reviewers"]] == ["Octocat", "hubot"]
+    assert [team["slug"] for team in asked_for.json["requested_teams"]] == ["core"]
+    assert post(github, asking, {"reviewers": ["hubot"]}).status == 201
+    assert post(github, asking, {"team_reviewers": ["docs"]}).status == 201
+    (pull,) = github.pulls(REPO)
+    assert (pull.reviewers, pull.team_reviewers) == (["Octocat", "hubot"], ["core", "docs"])
+    assert len(get(github, f"{PULLS}/1").json["requested_reviewers"]) == 2
+    assert github.problems == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"reviewers": ["octocat", "stranger"]},
+        {"reviewers": ["octocat", "gone"]},
+        {"reviewers": ["octocat"], "team_reviewers": ["other"]},
+        {"reviewers": ["octocat"], "team_reviewers": ["acme/core"]},  # a slug is wanted
+    ],
+    ids=str,
+)
+def test_one_who_is_no_collaborator_spoils_the_request_for_all(github: StandIn, asking: str, body: Any) -> None:
+    refused = post(github, asking, body)
+    assert refused.status == 422
+    assert refused.json["message"] == (
+        "Reviews may only be requested from collaborators. One or more of the users or teams you specified is not a"
+        " collaborator of the acme/dispatch repository."
+    )
+    assert github.pulls(REPO)[0].reviewers == []
+    assert github.problems == []
+
+
+def test_the_author_is_not_asked_for_a_review(github: StandIn, asking: str) -> None:
+    github.permissions["agent-runner"] = "write"
+    refused = post(github, asking, {"reviewers": ["octocat", "Agent-Runner"]})
+    assert (refused.status, refused.json["message"]) == (422, "Review cannot be requested from pull request author.")
+    assert github.pulls(REPO)[0].reviewers == []
+
+
+def test_to_ask_nobody_for_a_review_is_a_problem(github: StandIn, asking: str) -> None:
+    assert post(github, asking, {"reviewers": [], "team_reviewers": []}).status == 422
+    assert "nobody" in github.problems[0]
+
+
+def test_reviews_are_for_pull_requests_and_for_who_may_push(github: StandIn, asking: str) -> None:
+    number = github.open_issue(REPO, title="x", body=None)
+    assert post(github, f"{PULLS}/{number}/requested_reviewers", {"reviewers": ["octocat"]}).status == 404
+    github.push_denied.add(REPO)
+    assert post(github, asking, {"reviewers": ["octocat"]}).status == 403
+
+
+# Drafts become ready, and the other way round.
+
+READY, DRAFT = "markPullRequestReadyForReview", "convertPullRequestToDraft"
+
+
+def mutate(github: StandIn, name: str, node: str, wanted: str = "id isDraft number", **changed: str | None) -> Reply:
+    query = f"mutation($id: ID!) {{ {name}(input: {{pullRequestId: $id}}) {{ pullRequest {{ {wanted} }} }} }}"
+    body = {"query": query, "variables": {"id": node}}
+    return send(github, "POST", github.server_url + GRAPHQL, body, **changed)
+
+
+def test_a_draft_becomes_ready_and_a_draft_again(github: StandIn, clock: Clock) -> None:
+    node = get(github, f"{PULLS}/{open_pull(github, draft=True)}").json["node_id"]
+    (pull,) = github.pulls(REPO)
+    for name, draft in [(READY, False), (DRAFT, True)]:
+        clock.time += 60
+        shown = {"id": node, "isDraft": draft, "number": 1}
+        assert mutate(github, name, node).json == {"data": {name: {"pullRequest": shown}}}
+        assert get(github, f"{PULLS}/1").json["draft"] is draft
+        assert mutate(github, name, node).json == {"data": {name: None}}  # nothing is left to do
+        assert pull.draft is draft
+    assert pull.updated_at > pull.created_at
+    assert github.problems == []
+
+
+@pytest.mark.parametrize("name", [READY, DRAFT])
+def test_a_stage_that_cannot_change_is_an_error_and_no_problem(github: StandIn, name: str) -> None:
+    number, draft = open_pull(github, draft=name == READY), name == READY
+    node = get(github, f"{PULLS}/{number}").json["node_id"]
+    unknown = mutate(github, name, "PR_1")
+    assert (unknown.status, unknown.json["errors"][0]["type"], unknown.json["data"]) == (200, "NOT_FOUND", {name: None})
+    assert unknown.json["errors"][0]["message"] == "Could not resolve to a node with the global id of 'PR_1'"
+    github.push_denied.add(REPO)
+    denied = mutate(github, name, node).json["errors"][0]
+    assert (denied["type"], denied["path"]) == ("FORBIDDEN", [name])
+    assert (
+        f"agent-runner does not have permission to {'mark' if draft else 'convert'} the pull request {node}"
+        in (denied["message"])
+    )
+    github.push_denied.clear()
+    github.close_issue(REPO, number)
+    assert mutate(github, name, node).json["errors"][0]["type"] == "UNPROCESSABLE"
+    assert github.pulls(REPO)[0].draft is draft
+    assert github.problems == []
+
+
+def test_a_repository_without_drafts_converts_none(github: StandIn) -> None:
+    node = get(github, f"{PULLS}/{open_pull(github)}").json["node_id"]
+    github.repository(REPO).has_drafts = False
+    (error,) = mutate(github, DRAFT, node).json["errors"]
+    message = f"agent-runner does not have permission to convert the pull request {node} to draft."
+    assert (error["type"], error["message"]) == ("FORBIDDEN", message)
+    assert github.pulls(REPO)[0].draft is False
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [(READY, "title"), ("closePullRequest", "id"), (DRAFT, "id } clientMutationId pullRequest { id")],
+)
+def test_a_mutation_that_is_not_served_is_a_problem(github: StandIn, name: str, wanted: str) -> None:
+    node = get(github, f"{PULLS}/{open_pull(github)}").json["node_id"]
+    assert mutate(github, name, node, wanted).json["errors"]
+    assert len(github.problems) == 1
+
+
+def test_faults_come_between_as_everywhere(github: StandIn, asking: str) -> None:
+    github.faults.append(Fault(path=".*/requested_reviewers", status=502))
+    assert post(github, asking, {"reviewers": ["octocat"]}).status == 502
+    node = get(github, f"{PULLS}/1").json["node_id"]
+    github.faults.append(Fault(kind="graphql", where=lambda request: DRAFT in request.json["query"], drop="after"))
+    with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+        mutate(github, DRAFT, node)
+    (pull,) = github.pulls(REPO)
+    assert (pull.draft, pull.reviewers) == (True, [])
+    assert mutate(github, READY, node).status == 200
+    assert pull.draft is False
+
+
 def test_a_token_that_may_not_push_may_not_open_a_pull_request(github: StandIn) -> None:
     branch_off(github, "work")
     github.push_denied.add(REPO)
@@ -997,6 +1175,10 @@ def recorded(method: str, path: str, body: Any = None, **query: str) -> Recorded
         recorded("POST", f"{ISSUES}/1/labels", {"labels": []}),
         recorded("POST", PULLS, {"title": "x", "head": "y"}),
         recorded("PATCH", f"{PULLS}/1", {"state": "merged"}),
+        recorded("PATCH", f"{PULLS}/1", {"draft": False}),
+        recorded("POST", PULLS, {"title": "x", "head": "y", "base": "z", "draft": "yes"}),
+        recorded("POST", f"{PULLS}/1/requested_reviewers", {"reviewers": "octocat"}),
+        recorded("POST", f"{PULLS}/1/requested_reviewers", {"teams": ["core"]}),
         recorded("GET", ISSUES, since="yesterday"),
         recorded("GET", ISSUES, state="opened"),
         recorded("GET", ISSUES, per_page="many"),
@@ -1024,6 +1206,7 @@ def test_a_request_that_github_does_not_describe_is_refused(request_: RecordedRe
         recorded("POST", "/repositories/7/issues/1/comments", {"body": "x"}),
         recorded("PATCH", f"/repos/{REPO}/labels/bug", {"new_name": "b", "description": "c"}),
         recorded("GET", PULLS, head="acme:agent-task-1", state="all"),
+        recorded("POST", f"{PULLS}/1/requested_reviewers", {"reviewers": ["octocat"], "team_reviewers": ["core"]}),
         recorded("GET", "/user"),
         recorded("GET", f"/repos/{REPO}/collaborators/octocat/permission"),
         recorded("GET", "/repositories/7/installation"),

@@ -22,7 +22,7 @@ from openapi_check import check_request
 from standin import Fault, StandIn
 from standin_app import App, Installation
 from standin_graphql import answer_query
-from test_standin import TOKEN, Clock, Reply, ask, commit, get, git, headers_of, post, send
+from test_standin import DRAFT, READY, TOKEN, Clock, Reply, ask, commit, get, git, headers_of, mutate, post, send
 
 REPO, OTHER = "acme/dispatch", "acme/widgets"
 ISSUES, PULLS = f"/repos/{REPO}/issues", f"/repos/{REPO}/pulls"
@@ -420,6 +420,7 @@ NEEDS = [
     ("POST", PULLS, PULL, "pull_requests=write"),
     ("GET", f"{PULLS}/2", None, "pull_requests=read"),
     ("PATCH", f"{PULLS}/2", {"title": "x"}, "pull_requests=write"),
+    ("POST", f"{PULLS}/2/requested_reviewers", {"reviewers": ["octocat"]}, "pull_requests=write"),
 ]
 
 
@@ -446,6 +447,71 @@ def test_each_route_has_its_permission(
         assert refused.headers["x-accepted-github-permissions"] == needs
     assert ask_with(enough).status in (200, 201, 404, 422)
     assert github.problems == []
+
+
+@pytest.mark.parametrize("kind", ["installation", "fine-grained"])
+def test_a_pull_request_is_labelled_by_who_may_write_either_issues_or_pull_requests(
+    github: StandIn, installed: Installation, kind: str
+) -> None:
+    number = github.open_issue(REPO, title="x", body="y", labels=["known"], pull_request=True)
+
+    def label(name: str, **permissions: str) -> Reply:
+        github.fine_grained = permissions
+        token = TOKEN if kind == "fine-grained" else token_of(github, installed, permissions=permissions)
+        return use(github, token, f"{ISSUES}/{number}/labels", {"labels": [name]})
+
+    assert label("copilot-agent", pull_requests="write").status == 200
+    assert label("new", issues="write").status == 200
+    assert label("known", pull_requests="read", contents="write").status == 403
+    refused = label("newer", pull_requests="write")
+    assert (refused.status, refused.json["message"], refused.json["errors"]) == (
+        403,
+        "You do not have permission to create labels on this repository.",
+        [{"resource": "Repository", "field": "label", "code": "unauthorized"}],
+    )
+    assert github.issue(REPO, number).labels == ["known", "copilot-agent", "new"]
+    assert github.problems == []
+
+
+def test_a_team_is_asked_for_a_review_by_who_may_read_members_only(github: StandIn, installed: Installation) -> None:
+    number = github.open_issue(REPO, title="x", body="y", pull_request=True)
+    github.repository(REPO).teams.add("core")
+    path, body = f"{PULLS}/{number}/requested_reviewers", {"team_reviewers": ["core"]}
+    refused = use(github, token_of(github, installed), path, body)
+    assert (refused.status, refused.json["message"]) == (422, "Validation Failed")
+    assert refused.json["errors"] == ["Could not resolve to a node with the global id of 'T_core'."]
+    installed.permissions["members"] = "read"
+    assert use(github, token_of(github, installed), path, body).status == 201
+    assert use(github, TOKEN, path, body).status == 201
+    assert github.problems == []
+
+
+@pytest.mark.parametrize("name", [READY, DRAFT])
+def test_to_change_a_pull_requests_stage_takes_both_permissions(
+    github: StandIn, installed: Installation, name: str
+) -> None:
+    github.open_issue(REPO, title="x", body="y", pull_request=True)
+    (pull,) = github.pulls(REPO)
+    pull.draft = name == READY
+    node, both = f"PR_{pull.id}", {"contents": "write", "pull_requests": "write"}
+    for missing in both:
+        github.fine_grained = both | {missing: "read"}
+        token = token_of(github, installed, permissions=github.fine_grained)
+        for secret, message in {token: NOT_FOR_BOTS, TOKEN: NOT_FOR_USERS}.items():
+            refused = mutate(github, name, node, Authorization=f"Bearer {secret}")
+            assert (refused.status, refused.json["data"]) == (200, {name: None})
+            assert [(error["type"], error["message"]) for error in refused.json["errors"]] == [("FORBIDDEN", message)]
+    token = token_of(github, installed, permissions=both)
+    assert "errors" not in mutate(github, name, node, Authorization=f"Bearer {token}").json
+    assert pull.draft is (name == DRAFT)
+    assert github.problems == []
+
+
+def test_a_stranger_does_not_find_a_pull_request_by_its_node(github: StandIn, app: App) -> None:
+    github.open_issue(REPO, title="x", body="y", pull_request=True)
+    token = token_of(github, app.install("acme", [OTHER]))
+    node = f"PR_{github.pulls(REPO)[0].id}"
+    assert mutate(github, DRAFT, node, Authorization=f"Bearer {token}").json["errors"][0]["type"] == "NOT_FOUND"
 
 
 def test_graphql_needs_to_read_issues_and_refuses_with_200(github: StandIn, installed: Installation) -> None:

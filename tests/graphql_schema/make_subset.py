@@ -19,6 +19,7 @@ from graphql import build_schema, print_ast
 
 TYPES = {  # what is kept of each: its fields, or an enumeration's values
     "Query": {"repository"},
+    "Mutation": {"convertPullRequestToDraft", "markPullRequestReadyForReview"},
     "Repository": {"issue"},
     "Issue": {"timelineItems", "updatedAt", "userContentEdits"},
     "UserContentEditConnection": {"nodes", "pageInfo"},
@@ -35,14 +36,20 @@ TYPES = {  # what is kept of each: its fields, or an enumeration's values
     "Mannequin": {"login"},
     "User": {"login"},
     "DateTime": set(),
+    "ConvertPullRequestToDraftInput": {"pullRequestId"},
+    "ConvertPullRequestToDraftPayload": {"pullRequest"},
+    "MarkPullRequestReadyForReviewInput": {"pullRequestId"},
+    "MarkPullRequestReadyForReviewPayload": {"pullRequest"},
+    "PullRequest": {"id", "isDraft", "number"},
 }
+WORDS = {"object": "type", "input_object": "input"}
 
 
 def render(kind: Any) -> str:
     """A type's definition with the fields or values that are kept."""
     node, name = kind.ast_node, kind.name
-    word = node.kind.removesuffix("_type_definition").replace("object", "type")
-    head = f"{word} {name}"
+    word = node.kind.removesuffix("_type_definition")
+    head = f"{WORDS.get(word, word)} {name}"
     if node.kind == "union_type_definition":
         return f"{head} = {' | '.join(member.name for member in kind.types if member.name in TYPES)}\n"
     if interfaces := [face.name for face in getattr(kind, "interfaces", ()) if face.name in TYPES]:
@@ -55,11 +62,11 @@ def render(kind: Any) -> str:
 
 
 def signature(member: Any) -> str:
-    """A field's arguments and type; nothing for an enumeration's value."""
+    """A field's arguments, which that of an input has not, and type; nothing for an enumeration's value."""
     if not hasattr(member, "type"):
         return ""
     arguments = []
-    for given in member.arguments or ():
+    for given in getattr(member, "arguments", None) or ():
         default = f" = {print_ast(given.default_value)}" if given.default_value else ""
         arguments.append(f"{given.name.value}: {print_ast(given.type)}{default}")
     taken = f"({', '.join(arguments)})" if arguments else ""

@@ -36,6 +36,7 @@ ROUTES = {
     f"{REPO}/labels/{{name}}": ["get", "patch"],
     f"{REPO}/pulls": ["get", "post"],
     f"{REPO}/pulls/{{pull_number}}": ["get", "patch"],
+    f"{REPO}/pulls/{{pull_number}}/requested_reviewers": ["post"],
 }
 PROSE = {"description", "example", "examples", "summary", "externalDocs"}
 
