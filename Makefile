@@ -4,6 +4,7 @@
 # make audit   ask PyPI for known holes in the packages that runner.py needs
 # make race    run the tests that need the machine to themselves: many runners at one queue, greedy agents
 # make browser look at the status page with Chromium, which must be installed
+# make agents  have real coding agents make pull requests, with a scripted model; AGENTS="codex aider" takes some
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make wake    measure how long it takes from a webhook to a claim
 # make clean   remove what these made
@@ -13,8 +14,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TASKS := 2000
+AGENTS :=
 
-.PHONY: demo test race browser lint audit soak wake clean
+.PHONY: demo test race browser agents lint audit soak wake clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
@@ -27,6 +29,9 @@ race: .venv/development
 
 browser: .venv/development
 	$(BIN)/python -m pytest -m browser
+
+agents: .venv/development
+	$(BIN)/python tests/agents.py $(AGENTS)
 
 # What looks like a password in tests is none.
 lint: .venv/development
@@ -46,7 +51,7 @@ wake: .venv/development
 	PYTHONPATH=tests $(BIN)/python bench/wake.py
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__
+	rm -rf .venv .agents .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.12")'

@@ -58,7 +58,8 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import Field, dataclass, field, fields
+from concurrent.futures import wait as wait_for
+from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -107,6 +108,7 @@ LOG_KEPT = 4 * 1024**2  # bytes of it that go to a file
 LOGS_KEPT = 50
 NOWHERE = Path(os.devnull)
 OWN_SECRETS = ("GITHUB_TOKEN", "GITHUB_APP_PRIVATE_KEY", "GITHUB_WEBHOOK_SECRET")  # what their variables begin with
+MODEL_KEY = "OPENAI_API_KEY"
 FRESH_TOKEN, FRESH_TOKEN_PAUSE = 30, 2  # seconds for which an App's token may not be known everywhere at GitHub
 TOKENS_KEPT = 30  # that are masked; an App has a new one for each repository and hour
 OUTPUT_LINES = 50  # lines of it that are shown
@@ -115,6 +117,8 @@ _ABOUT = ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")
 AGENT_SIDE = [*(f"AGENT_TASK_{name}" for name in _ABOUT), "AGENT_SUMMARY_FILE"]  # the agent's own variables
 PROGRAM = [sys.executable, str(Path(__file__).absolute())]  # itself, once more: to supervise, or to serve a plug-in
 PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
+BASH_TIMEOUT = 600.0  # seconds for one command of a model
+TOLD_OF_OUTPUT = 16_000  # characters of a command's output that a model, or an agent, is told
 DROPPINGS = (  # that agents and interpreters leave behind; the rest of .claude and .codex may be wanted
     ".aider*,.claude/*.local.json,.claude/*.lock,.claude/worktrees/,/.codex,!/.codex/,.opencode/node_modules/,"
     ".opencode/package*.json,.opencode/bun.lock,.crush/,gemini-debug.log,.gemini-clipboard/,"
@@ -171,7 +175,9 @@ class TaskRetry(RunnerError):
 
 
 class Unreachable(TaskRetry):
-    """GitHub, or the way to it, is out of order: no answer, or 5xx."""
+    """GitHub or the model, or the way there, is out of order: no answer, or 5xx; `pause` seconds may be asked for."""
+
+    pause = 0.0
 
 
 class GitFailed(RunnerError):
@@ -210,7 +216,7 @@ def _variable(name: str, parse: Callable[[str], Any], default: str = "") -> Any:
 
 def _token(text: str) -> Secret:
     if not re.fullmatch(r"[\x21-\x7e]*", text):
-        raise ValueError("holds blanks or characters that no GitHub token has")
+        raise ValueError("holds blanks or characters that no token has")
     return Secret(text)
 
 
@@ -289,13 +295,73 @@ def _webhook_secret(text: str) -> Secret:
 
 
 _patterns = _must("be patterns as in .gitignore, with commas, on one line", str.isprintable, _names)
+_rounds = _must("be a whole number, 0 or more", lambda text: 0 <= int(text) <= 100, int)
+_price = _must("be a price, 0 or more", lambda text: 0 <= float(text or 0) <= 10**6, lambda text: float(text or -1))
+
+HOLE = re.compile(r"\{(\{[a-z_]+\})\}|\{([a-z_]+)\}")  # {name}; {{name}} stands for the words themselves
+PROMPT_NAMES = ("instruction", "title", "issue", "target", "context", "base", "attempt", "failure")
+PROMPT = """\
+{instruction}
+
+---
+
+About: {context}
+Why the last attempt did not work out: {failure}
+
+The current folder is a fresh checkout of the branch {base} of {target}. Do what is asked above, and no more:
+
+- First read what the repository says to those who work on it (AGENTS.md, CLAUDE.md, CONTRIBUTING.md), and follow it.
+- Make the smallest change that does it well, in the style of the code around it. Leave everything else as it is.
+- Add or adapt tests where the repository has any, and run them.
+- Only change files. Do not commit, push or open a pull request: that is done for you with what you leave in the folder.
+- Nobody can answer questions. If something cannot be done, say so in the end.
+
+When you are done, say in a few sentences what you have changed, and why: that is what reviewers read first.
+"""
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """A template with its holes filled. A line whose holes all stay empty is left out."""
+
+    def says_nothing(line: str) -> bool:
+        found = [hole[2] for hole in HOLE.finditer(line) if hole[2]]
+        return bool(found) and not any(values[name] for name in found)
+
+    kept = "\n".join(line for line in template.strip("\n").split("\n") if not says_nothing(line)).strip("\n")
+    return HOLE.sub(lambda hole: hole[1] or values[hole[2]], re.sub(r"\n{3,}", "\n\n", kept))
+
+
+def _template(*names: str, needed: str = "") -> Callable[[str], str]:
+    """A parser for a template that may only hold these names, and must hold the one that is needed."""
+
+    def parse(text: str) -> str:
+        found = [hole[2] for hole in HOLE.finditer(text) if hole[2]]
+        known = ", ".join(f"{{{name}}}" for name in names)
+        if unknown := [f"{{{name}}}" for name in found if name not in names]:
+            raise ValueError(f"holds {' and '.join(unknown)}, which stands for nothing; it may hold {known}")
+        if needed and needed not in found:
+            raise ValueError(f"must hold {{{needed}}}")
+        return text
+
+    return parse
+
+
+def _prompt(text: str) -> str:
+    """The template that a file holds."""
+    try:
+        template = Path(text).read_text("utf-8") if text else PROMPT
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "") or "it is not UTF-8"
+        raise ValueError(f"names the file {text!r}, which cannot be read: {why}") from None
+    return _template(*PROMPT_NAMES, needed="instruction")(template)
 
 
 def _plugin(text: str) -> str:
     """A built-in's name or a plug-in's place; a file's path is made absolute."""
     place, _, function = text.rpartition(":")
-    if text not in ("", "patch", "command") and not (place and function.isidentifier()):
-        raise ValueError(f"must be patch, command, package.module:function or path/to/file.py:function, not {text!r}")
+    if text not in ("", "patch", "command", "openai") and not (place and function.isidentifier()):
+        what = "patch, command, openai, package.module:function or path/to/file.py:function"
+        raise ValueError(f"must be {what}, not {text!r}")
     if not place.endswith(".py"):
         return text
     if not Path(place).is_file():
@@ -303,11 +369,20 @@ def _plugin(text: str) -> str:
     return f"{Path(place).absolute()}:{function}"
 
 
+ROUTE = re.compile(r"AGENT_(COMMAND|MODEL)_([A-Z0-9_]+)")
+
+
+def agent_name(text: object) -> str:
+    """The name of an agent as labels, metadata and variables may write it: "Claude Code" is claude-code."""
+    return re.sub(r"[\s_.]+", "-", str(text).strip().lower())
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that can be set; README.md says what each variable means."""
 
     env: Mapping[str, str] = field(repr=False)
+    routes: Mapping[str, Mapping[str, str]]  # what is different with each agent that a task can ask for
     tokens: list[Secret] = field(repr=False)  # that were in use lately, the newest last
     unaudited: Counter[str] = field(repr=False)  # the events that AGENT_AUDIT_LOG lacks while it cannot be written to
     first_token: Secret = _variable("GITHUB_TOKEN", _token)
@@ -331,6 +406,21 @@ class Config:
     process_task: str = _variable("AGENT_PROCESS_TASK", _plugin)
     command: str = _variable("AGENT_COMMAND", str)
     shell: bool = _variable("AGENT_SHELL", _flag, "no")
+    model: str = _variable("AGENT_MODEL", str)
+    model_url: str = _variable("OPENAI_BASE_URL", _url, "https://api.openai.com/v1")
+    model_key: Secret = _variable(MODEL_KEY, _token)
+    max_steps: int = _variable("AGENT_MAX_STEPS", _count, "100")
+    max_tokens: int = _variable("AGENT_MAX_TOKENS", _count, "5000000")
+    price_input: float = _variable("AGENT_PRICE_INPUT", _price)
+    price_cached: float = _variable("AGENT_PRICE_CACHED", _price)
+    price_output: float = _variable("AGENT_PRICE_OUTPUT", _price)
+    prompt: str = _variable("AGENT_PROMPT_FILE", _prompt)
+    setup_command: str = _variable("AGENT_SETUP_COMMAND", str)
+    setup_timeout: float = _variable("AGENT_SETUP_TIMEOUT", _number(1), "600")
+    verify_command: str = _variable("AGENT_VERIFY_COMMAND", str)
+    verify_timeout: float = _variable("AGENT_VERIFY_TIMEOUT", _number(1), "600")
+    verify_rounds: int = _variable("AGENT_VERIFY_ROUNDS", _rounds, "1")
+    draft_on_failure: bool = _variable("AGENT_DRAFT_ON_FAILURE", _flag, "no")
     task_timeout: float = _variable("AGENT_TASK_TIMEOUT", _number(1), "1800")
     stall_seconds: float = _variable("AGENT_STALL_SECONDS", _number(0), "0")
     sandbox: str = _variable("AGENT_SANDBOX", _sandbox, "auto")
@@ -351,6 +441,11 @@ class Config:
     max_changed_bytes: int = _variable("AGENT_MAX_CHANGED_BYTES", _count, "10000000")
     ignore: tuple[str, ...] = _variable("AGENT_IGNORE", _patterns, DROPPINGS)
     allow_workflows: bool = _variable("AGENT_ALLOW_WORKFLOWS", _flag, "no")
+    branch: str = _variable("AGENT_BRANCH", _template("task_id", "issue", needed="task_id"), "agent-task-{task_id}")
+    pull_title: str = _variable("AGENT_PR_TITLE", _template("title", "task_id", "issue"), "Agent task: {title}")
+    pull_draft: bool = _variable("AGENT_PR_DRAFT", _flag, "no")
+    pull_labels: tuple[str, ...] = _variable("AGENT_PR_LABELS", _names)
+    pull_reviewers: tuple[str, ...] = _variable("AGENT_PR_REVIEWERS", _names)
     commit_name: str = _variable("AGENT_COMMIT_NAME", str, "agent-runner")
     commit_email: str = _variable("AGENT_COMMIT_EMAIL", str)
     http_host: str = _variable("AGENT_HTTP_HOST", str, "127.0.0.1")
@@ -362,7 +457,7 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """Reads every variable; ConfigError names all bad ones. Empty is unset: Compose hands on `NAME=${NAME:-}`."""
-        values: dict[str, Any] = {"env": dict(env), "tokens": [], "unaudited": Counter()}
+        values: dict[str, Any] = {"env": dict(env), "tokens": [], "unaudited": Counter(), "routes": {}}
         problems = []
         for name, spec in cls.variables().items():
             parse, default = spec.metadata["parse"], spec.metadata["default"]
@@ -372,7 +467,13 @@ class Config:
                 problems.append(f"{name} {error}")
                 values[spec.name] = parse(default)
         values["home"] = values["home"] or values["state_dir"] / "home"
-        values["process_task"] = values["process_task"] or ("command" if values["command"] else "patch")
+        usual = "command" if values["command"] else "openai" if values["model"] else "patch"
+        values["process_task"] = values["process_task"] or usual
+        for name, value in env.items():
+            if (route := ROUTE.fullmatch(name)) and value.strip():
+                kind = route[1].lower()
+                changes = {"process_task": "openai" if kind == "model" else kind, kind: value.strip()}
+                values["routes"][agent_name(route[2])] = changes
         values["allowed_targets"] = values["allowed_targets"] or (values["target_repo"],)
         values["runner_id"] = values["runner_id"] or f"{os.uname().nodename}:{values['state_dir']}"
         address = f"agent-runner@noreply.{urlsplit(values['server_url']).hostname}"
@@ -402,11 +503,31 @@ class Config:
         owns = [user_home(), self.state_dir, *map(Path, PROGRAM)]
         if self.sandbox != "off" and any(path.is_relative_to(self.home) for path in owns):
             yield "AGENT_HOME must hold neither the runner, its state nor its user's home: name a folder of its own"
-        try:
-            if self.process_task == "command":
-                command_words(self, "", Path())
-        except ValueError as error:
-            yield f"AGENT_COMMAND {error}"
+        if not is_branch_name(fill(self.branch, {"task_id": "1", "issue": "1"})):
+            yield f"AGENT_BRANCH does not make valid branch names: {self.branch!r}"
+        yield from self._agent_problems()
+
+    def _agent_problems(self) -> Iterator[str]:
+        """What is wrong with the agents that tasks can have."""
+        if self.process_task == "openai" and not self.model:
+            yield "AGENT_PROCESS_TASK is openai, but AGENT_MODEL is not set: name the model"
+        for name in ("", *self.routes):
+            end = f"_{name.upper().replace('-', '_')}" if name else ""
+            config = self.for_agent(name)
+            if name and all(self.env.get(f"AGENT_{kind}{end}", "").strip() for kind in ("COMMAND", "MODEL")):
+                yield f"AGENT_COMMAND{end} and AGENT_MODEL{end} are both set: leave one of them out"
+            try:
+                if config.process_task == "command":
+                    command_words(config, {})
+            except ValueError as error:
+                yield f"AGENT_COMMAND{end} {error}"
+
+    def for_agent(self, name: str) -> Config:
+        """The settings for a task that asks for this agent, or for none. A model's key is for the runner alone."""
+        changes: dict[str, Any] = {**self.routes[name]} if name else {}
+        config = replace(self, **changes)
+        shared = tuple(other for other in config.agent_env if other != MODEL_KEY)
+        return replace(config, agent_env=shared) if config.process_task == "openai" else config
 
     def _sign_in_problems(self) -> Iterator[str]:
         """What is wrong with the ways to sign in, of which there must be one."""
@@ -434,7 +555,8 @@ class Config:
     def unknown(self) -> Iterator[str]:
         """A warning for each AGENT_* variable that nothing reads, with the nearest known name."""
         known = {*self.variables(), *self.agent_env, *AGENT_SIDE}
-        for name in sorted(name for name in self.env if name.startswith("AGENT_") and name not in known):
+        strange = {name for name in self.env if name.startswith("AGENT_") and not ROUTE.fullmatch(name)}
+        for name in sorted(strange - known):
             hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))
             yield f"{name} is set, but the runner knows no such variable{hint}"
 
@@ -463,6 +585,7 @@ class Config:
         values, and longer lines of these."""
         named = [(name, self.env.get(name, "").strip()) for name in self.agent_env]
         named += [("GITHUB_APP_PRIVATE_KEY", self.app_key), ("GITHUB_WEBHOOK_SECRET", self.webhook_secret)]
+        named += [(MODEL_KEY, self.model_key)]
         lines = [(name, line.strip()) for name, value in named for line in re.split(r"\n|\\n", value)]
         tokens = [("GITHUB_TOKEN", form) for token in self.tokens for form in (token, git_login(token))]
         lines = [(name, line) for name, line in lines if len(line) >= 16 and not line.startswith("-----")]
@@ -639,7 +762,9 @@ class Metric(NamedTuple):
 
 
 OUTCOMES = ("done", "failed", "retry", "cancelled", "stopped", "skipped", "held", "dropped")
-PHASES = ("claiming", "checking", "preparing", "working", "publishing", "reporting", "waiting")
+PHASES = (
+    "claiming", "checking", "preparing", "setup", "working", "verifying", "publishing", "reporting", "waiting"
+)  # fmt: skip
 BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600)  # seconds
 METRICS = {
     "build_info": Metric("gauge", "1, with the version of the runner.", "version"),
@@ -769,8 +894,9 @@ INDENTED_FENCE = re.compile(r"(?m)^(?=[ \t>*+\d-])[ \t>*+\d.)-]++(?=`{3,}+[^`\n]
 @dataclass(frozen=True)
 class Task:
     """One dispatch issue, understood: what `process_task` gets. `slug` is the `task_id` made safe for a branch name,
-    `base` the branch to start from or "", `context` what it is about ("issue acme/widgets#42"), `hidden` what was taken
-    out because nobody who reads the issue sees it ("comments: 2"), `issue` its JSON."""
+    `base` the branch to start from or "", `context` what it is about ("issue acme/widgets#42"), `agent` the one that it
+    asks for or "", `hidden` what was taken out because nobody who reads the issue sees it ("comments: 2"), `failure`
+    why the last attempt did not work out or "", `issue` its JSON."""
 
     number: int
     dispatch_repo: str
@@ -785,19 +911,12 @@ class Task:
     base: str
     context: str
     instruction: str
+    agent: str
+    branch: str
     hidden: str
     attempt: int
+    failure: str
     issue: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def branch(self) -> str:
-        return f"agent-task-{self.slug}"
-
-    @property
-    def brief(self) -> str:
-        """What a command is told: the instruction, and what it is about where only the issue's head says so."""
-        told = self.context in self.instruction.replace("`", "")
-        return self.instruction if told else f"{self.instruction}\n\nTarget: {self.context}"
 
     @property
     def reference(self) -> str:
@@ -888,12 +1007,20 @@ def safe_slug(task_id: str) -> str:
     return task_id if SAFE_ID.fullmatch(task_id) else stand_in
 
 
+def choose_agent(issue: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """The agent that a label `agent:<name>`, or else the metadata, asks for: or "". Of several labels a list."""
+    names = {
+        agent_name(label["name"][6:]) for label in issue.get("labels") or [] if label["name"][:6].lower() == "agent:"
+    }
+    return ", ".join(sorted(names)) or agent_name(encodable(metadata.get("agent")))
+
+
 def encodable(text: object) -> str:
     """As text without NUL and lone surrogates, which JSON can hold and files and arguments cannot."""
     return str(text or "").replace("\0", "").encode("utf-8", "replace").decode()
 
 
-def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Task:
+def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1, failure: str = "") -> Task:
     """An issue, as GitHub gives it, as a task. Never fails: `check_task` says what is wrong."""
     body, metadata = split_metadata(re.sub(r"\r\n?", "\n", encodable(issue.get("body"))[:MAX_ISSUE]))
     text, comments = without_comments(body)
@@ -909,6 +1036,7 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
         metadata = {key: lines[key] for key in ("task_id", "user_id") if lines.get(key)}
     if metadata.get("task_id") in (None, "") or isinstance(metadata["task_id"], dict | list):
         metadata = {**metadata, "task_id": f"issue-{issue['number']}"}
+    slug = safe_slug(str(metadata["task_id"]))
     return Task(
         number=issue["number"],
         dispatch_repo=config.dispatch_repo,
@@ -917,14 +1045,17 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1) -> Ta
         author=encodable(login),
         trusted=trusted,
         task_id=str(metadata["task_id"]),
-        slug=safe_slug(str(metadata["task_id"])),
+        slug=slug,
         metadata=metadata,
         target_repo=choose_target(metadata, lines, config),
         base=str(metadata.get("base") or ""),
         context=printable(lines.get("target", "")),
         instruction=find_instruction(text, title),
+        agent=choose_agent(issue, metadata),
+        branch=fill(config.branch, {"task_id": slug, "issue": str(issue["number"])}),
         hidden=", ".join(f"{what}: {count}" for what, count in hidden.items() if count),
         attempt=attempt,
+        failure=failure,
         issue=issue,
     )
 
@@ -957,6 +1088,20 @@ def check_task(task: Task, config: Config) -> None:
         raise Refused(f"The issue's text is longer than {MAX_ISSUE:,} characters.")
     if not task.instruction:
         raise Refused("The instruction is empty.", "Write what is to be done below `## Instructions`.")
+    if "," in task.agent:
+        raise Refused(f"The labels name several agents: {code(task.agent)}.", "Leave one of them on.")
+    if task.agent and task.agent not in config.routes:
+        known = ", ".join(map(code, sorted(config.routes)))
+        advice = f"It knows {known}." if known else f"It knows none by name; {owner} set AGENT_COMMAND_NAME."
+        raise Refused(f"This runner knows no agent {code(task.agent)}.", advice)
+
+
+def render_prompt(task: Task, base: str, template: str) -> str:
+    """What an agent is told. What the task is about is left out where the instruction says it."""
+    told = task.context in task.instruction.replace("`", "")
+    values = {"instruction": task.instruction, "title": task.title, "issue": task.url, "target": task.target_repo}
+    values |= {"context": "" if told else task.context, "base": base, "attempt": str(task.attempt)}
+    return fill(template, {**values, "failure": task.failure})
 
 
 def metadata_comment(metadata: Mapping[str, Any]) -> str:
@@ -993,6 +1138,13 @@ def issue_url(config: Config, number: int) -> str:
     return f"{config.server_url}/{config.dispatch_repo}/issues/{number}"
 
 
+def cut_middle(text: str, limit: int) -> str:
+    """The text, if need be without its middle, with a note that says so."""
+    half = limit // 2
+    short = f"{text[:half]}\n\n[... {len(text) - 2 * half:,} characters left out ...]\n\n{text[len(text) - half :]}"
+    return text if len(text) <= limit else short
+
+
 def cut(text: str, limit: int) -> str:
     """The text, if need be without its end, with a note that says so."""
     kept = max(0, limit - 60)
@@ -1000,12 +1152,13 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else short
 
 
-def folded_output(output: str) -> str:
-    """The last lines of an agent's output in a fold, or nothing if it printed nothing."""
+def folded_output(output: str, is_summary: bool = False) -> str:
+    """The last lines of an agent's output in a fold, or nothing if it printed nothing. A short summary is unfolded."""
     lines = printable(re.sub(r"\r\n?", "\n", output)).rstrip().split("\n")[-OUTPUT_LINES:]
     shown = fenced("\n".join(line if len(line) <= 500 else line[:499] + "…" for line in lines))
     summary = f"<summary>Last {OUTPUT_LINES} lines of output</summary>"
-    return f"<details>{summary}\n\n{shown}\n\n</details>" if any(map(str.strip, lines)) else ""
+    fold = "<details open>" if is_summary and len(lines) <= OUTPUT_LINES / 2 else "<details>"
+    return f"{fold}{summary}\n\n{shown}\n\n</details>" if any(map(str.strip, lines)) else ""
 
 
 def harmless(markdown: str, limit: int = 4_000) -> str:
@@ -1044,28 +1197,53 @@ def render_comment(run: str, step: str, text: str, output: str = "", metadata: s
     return blocks(cut(text, MAX_BODY - len(end) - len(fold) - 4), fold, end)
 
 
-def pull_title(task: Task) -> str:
+def pull_title(task: Task, template: str) -> str:
     """The pull request's title; GitHub takes 256 characters."""
-    title = f"Agent task: {printable(task.title)}"
+    values = {"title": printable(task.title) or task.slug, "task_id": task.slug, "issue": str(task.number)}
+    title = fill(template, values)
     return title if len(title) <= 256 else title[:255] + "…"
 
 
-def pull_body(task: Task, base: str, summary: str, stat: str, run: str, output: str = "") -> str:
+class Result(NamedTuple):
+    """What came of a task: the commit, what it changed, the agent's summary or else the end of its output, further rows
+    for the details, and why it is not finished: None if it is."""
+
+    commit: str
+    stat: str
+    summary: str = ""
+    output: str = ""
+    rows: Mapping[str, str] = {}
+    failure: RunnerError | None = None
+
+
+def pull_body(task: Task, base: str, result: Result, run: str) -> str:
     """The pull request's text. The metadata comes first: the back end takes the first comment. The output stands in for
     a summary."""
     rows = {"Task": code(task.task_id), "Dispatch issue": task.reference, "Asked for by": code(task.author)}
-    rows |= {"Base": code(base), "Attempt": str(task.attempt)}
-    head = metadata_comment(task.metadata)
-    changes = "### Changes\n\n" + fenced(cut(stat.rstrip("\n"), 8_000))
+    rows |= {"Base": code(base), "Attempt": str(task.attempt), **result.rows}
+    head, failure = metadata_comment(task.metadata), result.failure
+    changes = "### Changes\n\n" + fenced(cut(result.stat.rstrip("\n"), 8_000))
     tail = blocks(changes, table(rows), f"Fixes {task.reference}", step_marker(run, "pull"))
-    told = harmless(summary, MAX_BODY - len(head) - len(tail) - 100) or folded_output(output)
-    return blocks(head, told, tail)
+    # https://docs.github.com/get-started/writing-on-github/getting-started-with-writing-and-formatting-on-github/basic-writing-and-formatting-syntax#alerts
+    warning = f"> [!WARNING]\n> **Not finished.** {' '.join(harmless(failure.why).split())}" if failure else ""
+    output = failure.output if failure else "" if result.summary.strip() else result.output
+    fold = folded_output(output, is_summary=not failure)
+    told = harmless(result.summary, MAX_BODY - len(head) - len(tail) - len(warning) - len(fold) - 100)
+    return blocks(head, warning, told, fold, tail)
 
 
-def commit_message(task: Task, run: str) -> str:
-    """The commit's message. Its trailers say whose branch it is, for whoever finds it later."""
-    subject = printable(f"Agent task: {task.title}")[:100].strip()
-    return f"{subject}\n\nTask-Id: {task.slug}\nDispatch-Issue: {task.reference}\nRun: {run}\n"
+def commit_message(task: Task, run: str, config: Config, failure: RunnerError | None = None) -> str:
+    """The commit's message. Its trailers say whose branch it is, for whoever finds it later, and who asked for it.
+    https://docs.github.com/pull-requests/committing-changes-to-your-project/creating-and-editing-commits/creating-a-commit-with-multiple-authors
+    """
+    subject = pull_title(task, config.pull_title)[:100].strip()
+    trailers = {"Task-Id": task.slug, "Dispatch-Issue": task.reference, "Run": run}
+    if failure:
+        trailers["Unfinished"] = defused(" ".join(printable(failure.why).split())[:200])
+    if (user := (task.issue.get("user") or {}).get("id")) and re.fullmatch(r"[A-Za-z0-9-]+(\[bot\])?", task.author):
+        host = urlsplit(config.server_url).hostname
+        trailers["Co-authored-by"] = f"{task.author} <{user}+{task.author}@users.noreply.{host}>"
+    return f"{subject}\n\n" + "".join(f"{name}: {value}\n" for name, value in trailers.items())
 
 
 # -- GitHub's protocol: pure functions that say what an answer means. ------------------------------
@@ -1082,6 +1260,9 @@ ADVICE = {
     403: "The runner's owner should check what the token may do; README.md lists the permissions.",
     404: "The runner's owner should check the name. GitHub also answers 404 for what the token may not see.",
 }
+
+
+NO_DRAFTS = re.compile(r"draft pull requests are not supported", re.I)
 
 
 class Answer(NamedTuple):
@@ -1279,10 +1460,11 @@ def patiently(step: Callable[[], T], clock: Clock, stop: threading.Event, patien
         try:
             return step()
         except Unreachable as fault:
-            if (left := left - pause) < 0:
+            if (left := left - max(pause, fault.pause)) < 0:
                 raise
-            log.warning("%s; next try in %.0f s", fault, pause)
-            if clock.wait(stop, clock.jitter(pause)):
+            wait = max(pause, fault.pause)
+            log.warning("%s; next try in %.0f s", fault, wait)
+            if clock.wait(stop, clock.jitter(wait)):
                 raise Stopping from fault
             pause = min(pause * 2, 60)
 
@@ -1298,9 +1480,9 @@ class Http:
         self._session.headers.update({"Accept": "application/vnd.github+json", "X-GitHub-Api-Version": "2022-11-28"})
         self._session.headers["User-Agent"] = f"agent-runner/{__version__}"
 
-    def writes(self, method: str, path: str) -> bool:
-        """Whether a request changes something; GraphQL is only asked."""
-        return method != "GET" and path != self.graphql
+    def writes(self, method: str, path: str, body: Any) -> bool:
+        """Whether a request changes something; most of GraphQL's do not."""
+        return method != "GET" and (path != self.graphql or body["query"].startswith("mutation"))
 
     def send(self, method: str, path: str, token: str, body: Any = None, etag: str = "") -> requests.Response:
         """Sends; follows redirects itself, since requests would turn a moved POST into a GET. Raises Unreachable.
@@ -1321,7 +1503,7 @@ class Http:
                 raise Unreachable(f"no answer to {method} {path}: {root_cause(error)}") from error
             finally:
                 self._metrics.count("requests_total", status)
-                if self.writes(method, path):
+                if self.writes(method, path, body):
                     audit(self._config, "write", method=method, path=urlsplit(url).path, status=status)
             log.debug("%s %s -> %d", method, url, response.status_code)
             if response.status_code not in (301, 302, 307, 308):
@@ -1463,7 +1645,7 @@ class GitHub:
                 pause = self._not_before - self._clock.monotonic()
                 if pause > 0 and (not self._waits or self._clock.wait(self._stop, pause)):
                     raise Stopping
-                if self._http.writes(method, path):
+                if self._http.writes(method, path, body):
                     self._clock.wait(threading.Event(), max(0.0, self._next_write - self._clock.monotonic()))
                     self._next_write = self._clock.monotonic() + self._config.write_interval
                 tokens.append(self._sign_in.token(repo))
@@ -1594,19 +1776,53 @@ class GitHub:
             if error.status != 404:
                 raise
 
-    def open_pull(self, repo: str, body: Mapping[str, Any], marker: str, again: bool) -> dict[str, Any]:
+    def open_pull(self, repo: str, body: Mapping[str, Any], draft: bool, marker: str, again: bool) -> dict[str, Any]:
         """The pull request from the branch `head`: the one with this `marker` in its text, else an open one, which gets
-        the new text, else a new one. `again` if there may be one."""
+        the new text, else a new one. `again` if there may be one. Where there are no drafts it is none."""
         find = functools.partial(self._find_pull, repo, body["head"], marker)
         try:
-            pull = self._create(f"/repos/{repo}/pulls", body, find, again)
+            pull = self._create(f"/repos/{repo}/pulls", {**body, "draft": True} if draft else body, find, again)
         except ApiRefused as error:
+            if draft and NO_DRAFTS.search(error.why):
+                log.warning("no draft: %s", error)
+                return self.open_pull(repo, body, False, marker, True)
             if error.status != 422 or not (pull := find()):  # 422 does not tell which one exists already
                 raise
         if marker not in str(pull["body"]):
             wanted = {key: body[key] for key in ("title", "body", "base")}
+            is_draft = bool(pull.get("draft"))
             pull = self._repeat("PATCH", f"/repos/{repo}/pulls/{pull['number']}", wanted).data
+            if is_draft != draft:
+                self._set_draft(repo, pull, draft)
         return dict(pull)
+
+    def _set_draft(self, repo: str, pull: Mapping[str, Any], draft: bool) -> None:
+        """Makes a pull request a draft, or ready for review, which only GraphQL does. The work does not hang on it."""
+        name = "convertPullRequestToDraft" if draft else "markPullRequestReadyForReview"
+        query = f"mutation($id: ID!) {{ {name}(input: {{pullRequestId: $id}}) {{ pullRequest {{ isDraft }} }} }}"
+        body = {"query": query, "variables": {"id": pull["node_id"]}}
+        try:
+            patiently(lambda: self.request("POST", self._http.graphql, body, repo=repo), self._clock, self._stop)
+        except (ApiRefused, Unreachable) as error:
+            log.warning("#%d stays as it is: %s", pull["number"], error)
+
+    def dress_pull(self, repo: str, number: int, labels: Sequence[str], reviewers: Sequence[str]) -> dict[str, str]:
+        """Labels a pull request and asks people, and teams as `owner/team`, for reviews: what GitHub refuses, and why.
+        https://docs.github.com/rest/pulls/review-requests#request-reviewers-for-a-pull-request"""
+        teams = [name.rpartition("/")[2] for name in reviewers if "/" in name]
+        people = [name for name in reviewers if "/" not in name]
+        asked = {"reviewers": people, "team_reviewers": teams}
+        wishes = {"Labels": (f"/repos/{repo}/issues/{number}/labels", {"labels": list(labels)} if labels else {})}
+        wishes["Reviewers"] = (f"/repos/{repo}/pulls/{number}/requested_reviewers", asked if reviewers else {})
+        problems = {}
+        for what, (path, body) in wishes.items():
+            try:
+                if body:
+                    self._repeat("POST", path, body)
+            except (ApiRefused, Unreachable) as error:
+                log.warning("no %s: %s", what.lower(), error)
+                problems[what] = error.why
+        return problems
 
     def _find_pull(self, repo: str, branch: str, marker: str) -> dict[str, Any] | None:
         query = urlencode({"head": f"{repo.split('/')[0]}:{branch}", "state": "all", "per_page": PAGE_SIZE})
@@ -2057,6 +2273,7 @@ def write_repository(
     (path / "config").write_text(CHECKOUT_CONFIG)
     (path / "objects/info/alternates").write_text("".join(f"{lender / 'objects'}\n" for lender in lenders))
     if commit:
+        (path / "refs/heads" / branch).parent.mkdir(parents=True, exist_ok=True)
         (path / "refs/heads" / branch).write_text(f"{commit}\n")
     (path / "info/exclude").write_text("".join(f"{pattern}\n" for pattern in ignore), "utf-8")
     # Files come and go byte for byte: what the target's .gitattributes say would change some that nobody touched.
@@ -2103,11 +2320,10 @@ class Mirror:
             fcntl.flock(self._use, fcntl.LOCK_SH)
             raise Unreachable(f"the copy of {self._repo} is made anew, for git says: {failure.output}") from None
 
-    def fetch(self, ref: str, commit: str) -> str:
+    def fetch(self, ref: str, commit: str, own: str = "") -> str:
         """The commit of one of the target's refs, brought into the mirror unless it is `commit` there. The mirror's own
         name for a ref is flat: a branch `a` that was deleted upstream must not stand in the way of a branch `a/b`."""
-        task = ref.startswith("refs/heads/agent-task-")  # one name for all of these, of which there is no end
-        own = "refs/mirror/task" if task else f"refs/mirror/{hashlib.sha256(ref.encode()).hexdigest()[:32]}"
+        own = f"refs/mirror/{own or hashlib.sha256(ref.encode()).hexdigest()[:32]}"
         read = ("rev-parse", "--verify", "--quiet", own)
         with contextlib.suppress(GitFailed, OSError):
             if self._git(*read, git_dir=self.path).strip() == commit:
@@ -2189,6 +2405,9 @@ class Checkout:
         self.folder, self.git_dir = folder, folder / "git"
         self.workspace = Workspace(folder / "tree", base, commit)
         self._index, self._index_time = b"", 0
+        self._settled: dict[str, str] = {}  # files of the commit that were changed before the agent began: their blobs
+        self._leftovers = frozenset[str]()  # what was left out already then
+        self._pack = ""  # what was taken, while others run
 
     def fill(self, branch: str) -> None:
         """Checks out the files; takes time with their number, not with the history's length."""
@@ -2210,29 +2429,83 @@ class Checkout:
         (self.git_dir / "index").write_bytes(self._index)
         os.utime(self.git_dir / "index", ns=(self._index_time, self._index_time))
 
-    def commit(self, message: str, config: Config) -> str:
-        """Commits what has changed: the commit, or "" for nothing. Raises TaskFailed for what must not be published."""
+    def settle(self) -> None:
+        """Has what was changed so far count as not the agent's: new files, and files of the commit as they are now."""
+        self.pass_over(set())
+        self.run("add", "--update", ".")
+        self._settled = {path: row[3] for path, row in self._changes().items()}
+        self._leftovers = frozenset(self._listed("--ignored"))
+
+    def new_files(self) -> set[str]:
+        """The files and folders that git does not know, less what it ignores."""
+        self._begin()
+        return {path[2:] for path in self._odd_files()} | set(self._listed())
+
+    def pass_over(self, known: set[str]) -> None:
+        """Leaves the new files and folders out of the change from now on, but for those that were known before."""
+        # https://git-scm.com/docs/gitignore#_pattern_format
+        paths = sorted(path for path in self.new_files() - known if path.isprintable())
+        self._ignore = [*self._ignore, *("/" + re.sub(r"[*?\[\\!# ]", r"\\\g<0>", path) for path in paths)]
+
+    def ignored_files(self) -> list[str]:
+        """What the agent has left and git ignores."""
+        return sorted(set(self._listed("--ignored")) - self._leftovers)
+
+    def _listed(self, *options: str) -> list[str]:
+        listed = self.run("ls-files", "-z", "--others", "--exclude-standard", "--directory", *options)
+        return listed.split("\0")[:-1]
+
+    def _begin(self) -> None:
         if self.workspace.path.is_symlink():
             raise Refused("The workspace was replaced by a link.")
         self._renew()
+
+    def take(self, config: Config) -> str:
+        """What has changed: a tree with it, or "" for nothing. Raises TaskFailed for what must not be published."""
+        self._begin()
         try:
-            self._refuse_what_git_must_not_meet()
+            self._refuse_odd_files(self._odd_files())
             self._refuse_what_is_too_much(config)
             self.run("add", "--all", ".")
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
         changes = self._changes()
+        if same := [path for path, row in changes.items() if self._settled.get(path) == row[3]]:
+            rows = "".join(f"{changes[path][0]} {changes[path][2]}\t{path}\0" for path in same)
+            self.run("update-index", "-z", "--index-info", stdin=rows.encode("utf-8", "surrogateescape"))
+            changes = self._changes()
         self._check_changes(changes, config)
         self._refuse_secrets(changes, config)
         tree, base = self.run("write-tree").strip(), self.workspace.commit
-        if tree == self.run("rev-parse", f"{base}^{{tree}}").strip():
-            return ""
+        self._pack = ""
+        return "" if tree == self.run("rev-parse", f"{base}^{{tree}}").strip() else tree
+
+    def hold(self, tree: str) -> None:
+        """Keeps what was taken in memory, where nothing that runs until it is published can change it."""
+        objects = f"{tree}\n^{self.workspace.commit}\n".encode()
+        self._pack = self.run("pack-objects", "--revs", "--stdout", "-q", stdin=objects)
+
+    def _give_back(self) -> None:
+        if self._pack:
+            self._renew()
+            self.run("unpack-objects", "-q", stdin=self._pack.encode("utf-8", "surrogateescape"))
+
+    def commit(self, tree: str, message: str, config: Config) -> str:
+        """Commits what was taken."""
+        self._give_back()
         who = {"NAME": config.commit_name, "EMAIL": config.commit_email}
         env = {f"GIT_{role}_{key}": who[key] for role in ("AUTHOR", "COMMITTER") for key in who}
-        return self.run("commit-tree", tree, "-p", base, "-F", "-", stdin=message.encode(), env=env).strip()
+        parent = ("-p", self.workspace.commit, "-F", "-")
+        return self.run("commit-tree", tree, *parent, stdin=message.encode(), env=env).strip()
 
-    def _refuse_what_git_must_not_meet(self) -> None:
-        """Before git looks: what would make it run programs, wait or skip files. What is ignored does not matter."""
+    def patch(self, tree: str) -> str:
+        """What was taken, as a patch."""
+        self._give_back()
+        return self.run("diff", "--binary", "--no-color", "--no-ext-diff", self.workspace.commit, tree, "--")
+
+    def _odd_files(self) -> dict[str, str]:
+        """Before git looks: what would make it run programs or skip files, and why. Raises Refused for what would have
+        it wait."""
         tree, odd = self.workspace.path, dict[str, str]()
         for entry in walk(tree, without=".git", missed=lambda e: odd.update({e.filename: "cannot be read"})):
             if entry.name == ".git" and os.path.dirname(entry.path) != str(tree):
@@ -2241,7 +2514,10 @@ class Checkout:
                 raise Refused(f"{code(os.path.relpath(entry.path, tree))} is not a file that git should read.")
             elif not (entry.is_symlink() or entry.is_file() or entry.is_dir()):
                 odd[entry.path] = "is a pipe, a socket or a device, which cannot be committed"
-        found = {f"./{os.path.relpath(path, tree)}": what for path, what in odd.items()}  # a name may begin with `:`
+        return {f"./{os.path.relpath(path, tree)}": what for path, what in odd.items()}  # a name may begin with `:`
+
+    def _refuse_odd_files(self, found: Mapping[str, str]) -> None:
+        """What is ignored does not matter."""
         names, ignored = "\0".join(found).encode("utf-8", "surrogateescape"), set[str]()
         if found:
             with contextlib.suppress(GitFailed):  # status 1: none of them
@@ -2767,21 +3043,102 @@ def run_supervised(config: Config, order: Order, stop: threading.Event | None = 
     return finished
 
 
-# -- process_task: what changes the files. Two are built in; anything else is a plug-in. -----------
+# -- process_task: what changes the files. Three are built in; anything else is a plug-in. ---------
 
 
 class Work(NamedTuple):
-    """What one attempt has to work with. `stop` ends it early."""
+    """What one attempt has to work with. `stop` ends it early, and so does `ends`, on this machine's clock. What the
+    agent uses up is counted in `used`, what it prints goes to `log_file`."""
 
     task: Task
     checkout: Checkout
     config: Config
     stop: threading.Event
+    clock: Clock
+    used: Counter[str]
+    log_file: Path
+    ends: float = math.inf
+
+    @property
+    def prompt(self) -> str:
+        return render_prompt(self.task, self.checkout.workspace.base, self.config.prompt)
+
+    @property
+    def prompt_file(self) -> Path:
+        return self.checkout.folder / "task.md"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.checkout.folder / "tmp" / "summary.md"
+
+    def time_left(self) -> float:
+        """Seconds that the agent still has. Raises TaskFailed if there are none."""
+        if (left := self.ends - time.monotonic()) <= 0:
+            raise early_end(Finished(0, "", "", "timeout"), self.config)
+        return left
 
 
 def process_task(work: Work) -> tuple[str, str]:
     """Changes the files as AGENT_PROCESS_TASK says: (summary, output). Raises TaskFailed, TaskRetry or Stopping."""
-    return {"patch": process_patch, "command": process_command}.get(work.config.process_task, process_plugin)(work)
+    built_in = {"patch": process_patch, "command": process_command, "openai": process_openai}
+    return built_in.get(work.config.process_task, process_plugin)(work)
+
+
+def run_setup(work: Work) -> None:
+    """Runs AGENT_SETUP_COMMAND, and has what it leaves count as not the agent's. What it lacks may be there the next
+    time: so raises TaskRetry."""
+    config = work.config
+    if not config.setup_command:
+        return
+    done = run_script(work, config.setup_command, config.setup_timeout, work.log_file)
+    if done.code or done.late:
+        advice = "The agent was not started. The runner's owner should look at AGENT_SETUP_COMMAND."
+        raise TaskRetry(f"The setup command {how_ended(done, config.setup_timeout)}.", advice, done.out)
+    work.checkout.settle()
+
+
+def nothing_changed(work: Work, output: str) -> TaskFailed:
+    """What is told of an agent that changed nothing, or only what git ignores."""
+    left = ", ".join(map(code, work.checkout.ignored_files()[:3]))
+    what = f"It only left {left}, which git ignores here. " if left else ""
+    hint = "What it printed last may say why. " if output.strip() else ""
+    advice = f"{what}{hint}If there is something to change, say more precisely what and where."
+    return TaskFailed("The agent changed nothing.", advice, output)
+
+
+def failed_checks(work: Work, tree: str) -> TaskFailed | None:
+    """Runs AGENT_VERIFY_COMMAND: why the change, which was taken as a tree, is not good, if it is not."""
+    work.checkout.hold(tree)
+    config, known = work.config, work.checkout.new_files()
+    done = run_script(work, config.verify_command, config.verify_timeout, work.log_file)
+    work.checkout.pass_over(known)
+    work.used["checks"] += 1
+    if not done.code and not done.late:
+        work.used["passed"] = 1
+        return None
+    advice = "The end of their output is below. Ask for less at a time, or say more precisely what is wanted."
+    return TaskFailed(
+        f"The checks failed: {code(config.verify_command)} {how_ended(done, config.verify_timeout)}.", advice, done.out
+    )
+
+
+def describe_use(work: Work) -> dict[str, str]:
+    """Rows for the details: the agent, and what it has used up."""
+    used, config, rows = work.used, work.config, dict[str, str]()
+    if work.task.agent:
+        rows["Agent"] = code(work.task.agent)
+    if used["steps"]:
+        rows |= {"Model": code(config.model), "Steps": str(used["steps"])}
+        rows["Tokens"] = f"{used['input']:,} in ({used['cached']:,} of them cached), {used['output']:,} out"
+    if used["steps"] and max(config.price_input, config.price_output) >= 0:
+        fresh, cached = max(0.0, config.price_input), config.price_cached
+        cost = (used["input"] - used["cached"]) * fresh + used["cached"] * (cached if cached >= 0 else fresh)
+        rows["Cost"] = f"{(cost + used['output'] * max(0.0, config.price_output)) / 10**6:.4f}"
+    if used["checks"]:
+        rows["Checks"] = (
+            f"{code(config.verify_command)} {'passed' if used['passed'] else 'failed'}, round {used['checks']}"
+        )
+    return rows
 
 
 def process_patch(work: Work) -> tuple[str, str]:
@@ -2799,13 +3156,16 @@ def process_patch(work: Work) -> tuple[str, str]:
     return "", ""
 
 
-def command_words(config: Config, instruction: str, instruction_file: Path) -> list[str]:
+COMMAND_HOLE = re.compile(r"\{(instruction|instruction_file|summary_file)\}")
+
+
+def command_words(config: Config, values: Mapping[str, str]) -> list[str]:
     """AGENT_COMMAND as arguments; raises ValueError("..."). The program is never looked for in the workspace."""
     if not config.command:
         raise ValueError("is not set, and AGENT_PROCESS_TASK is command")
-    if config.shell and "{instruction" in config.command:
-        why = "must not hold {instruction} with AGENT_SHELL, for the shell would run what the issue says"
-        raise ValueError(f'{why}: let it read standard input or "$AGENT_TASK_FILE"')
+    if config.shell and (hole := COMMAND_HOLE.search(config.command)):
+        why = f"must not hold {hole[0]} with AGENT_SHELL, for the shell would run what the issue says"
+        raise ValueError(f'{why}: let it read standard input, "$AGENT_TASK_FILE" and "$AGENT_SUMMARY_FILE"')
     if config.shell:
         return ["/bin/sh", "-c", config.command]
     try:
@@ -2814,10 +3174,7 @@ def command_words(config: Config, instruction: str, instruction_file: Path) -> l
         raise ValueError(f"cannot be split into words: {error}") from None
     if not (program := shutil.which(words[0], path=config.env.get("PATH"))):
         raise ValueError(f"names the program {words[0]!r}, which is not on the PATH")
-    if instruction.startswith("-"):
-        instruction = "\n" + instruction  # it is an instruction, not an option of the agent
-    values = {"{instruction}": instruction, "{instruction_file}": str(instruction_file)}
-    filled = [re.sub(r"\{instruction(_file)?\}", lambda hole: values[hole[0]], word) for word in words[1:]]
+    filled = [COMMAND_HOLE.sub(lambda hole: values.get(hole[1], ""), word) for word in words[1:]]
     return [str(Path(program).absolute()), *filled]
 
 
@@ -2828,7 +3185,8 @@ def allowed_environment(config: Config) -> dict[str, str]:
 
 def make_order(
     config: Config, command: Sequence[str], cwd: Path, env: Mapping[str, str], stdin: str = "",
-    log_file: Path = NOWHERE, write: Sequence[Path] = (), read: Sequence[Path] = (), timeout: float = 60
+    log_file: Path = NOWHERE, write: Sequence[Path] = (), read: Sequence[Path] = (), timeout: float = 60,
+    stall: float = 0
 ) -> Order:  # fmt: skip
     """What a supervisor is told; an agent may always write to its HOME."""
     return Order(
@@ -2838,7 +3196,7 @@ def make_order(
         stdin=stdin,
         log=str(log_file),
         timeout=timeout,
-        stall=config.stall_seconds,
+        stall=stall,
         disk=config.disk_budget * 10**6,
         memory=config.max_memory * 10**6,
         landlock=config.sandbox != "off" and landlock_version() > 0,
@@ -2848,17 +3206,14 @@ def make_order(
     )
 
 
-def agent_log(config: Config, task: Task) -> Path:
-    """The file for what the agent of this attempt prints; deletes the oldest of these."""
-    file = log_path(config, task.number, task.attempt)
+def new_log(config: Config, name: str) -> Path:
+    """A file for what is to be kept of a task; deletes the one of an earlier run, and the oldest of all."""
+    file = config.state_dir / "logs" / name
     file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
     for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]:
         old.unlink(missing_ok=True)
     return file
-
-
-def log_path(config: Config, number: int, attempt: int) -> Path:
-    return config.state_dir / "logs" / f"{number}-{attempt}.log"
 
 
 def last_line(config: Config, file: Path) -> str:
@@ -2873,33 +3228,48 @@ def last_line(config: Config, file: Path) -> str:
     return ""
 
 
+def run_in_workspace(
+    work: Work, command: Sequence[str], timeout: float, stdin: str = "", log_file: Path = NOWHERE, stall: float = 0
+) -> Finished:
+    """Runs what must be kept within walls: how it ended, without secrets. Raises TaskFailed or Stopping."""
+    task, config, place, folder = work.task, work.config, work.checkout.workspace, work.checkout.folder
+    config.home.mkdir(parents=True, exist_ok=True)
+    work.prompt_file.write_text(work.prompt + "\n", "utf-8")
+    about = (task.task_id, work.prompt_file, task.title, task.url, task.attempt, place.base, work.summary_file)
+    env = {**dict(zip(AGENT_SIDE, map(encodable, about), strict=True)), "TMPDIR": str(folder / "tmp")}
+    readable = [work.prompt_file, folder / "command.sh", work.checkout.lenders[0] / "objects"]
+    reach = {"write": [place.path, folder / "tmp"], "read": readable}
+    order = make_order(config, command, place.path, env, stdin, log_file, timeout=timeout, stall=stall, **reach)
+    try:
+        done = run_supervised(config, order, work.stop)
+    finally:  # also of an agent that was stopped
+        if log_file.is_file():
+            log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
+    # Masked before it is made harmless, which could change a secret so that it is not known any more.
+    return done._replace(out=config.masked(done.out))
+
+
+def run_script(work: Work, script: str, timeout: float, log_file: Path = NOWHERE) -> Finished:
+    """Runs a script with a shell in the workspace: bash, if there is one. It is a file, since an argument can be too
+    long."""
+    file = work.checkout.folder / "command.sh"
+    file.write_text(encodable(script) + "\n", "utf-8")
+    shell = shutil.which("bash", path=work.config.env.get("PATH")) or "/bin/sh"
+    return run_in_workspace(work, [shell, str(file)], timeout, log_file=log_file)
+
+
 def run_agent(work: Work, command: Sequence[str], stdin: str) -> tuple[Finished, str]:
     """Runs an agent in the workspace: how it ended, and its $AGENT_SUMMARY_FILE. Raises TaskFailed, TaskRetry or
     Stopping."""
-    task, config, place, folder = work.task, work.config, work.checkout.workspace, work.checkout.folder
-    file, tmp = folder / "task.md", folder / "tmp"
-    summary, log_file = tmp / "summary.md", agent_log(config, task)
-    config.home.mkdir(parents=True, exist_ok=True)
-    file.write_text(task.brief + "\n", "utf-8")
-    about = (task.task_id, file, task.title, task.url, task.attempt, place.base, summary)
-    env = {**dict(zip(AGENT_SIDE, map(encodable, about), strict=True)), "TMPDIR": str(tmp)}
-    reach = {"write": [place.path, tmp], "read": [file, work.checkout.lenders[0] / "objects"]}
-    order = make_order(config, command, place.path, env, stdin, log_file, timeout=config.task_timeout, **reach)
-    facts = {"repo": task.target_repo, "program": Path(command[0]).name}
+    config, facts = work.config, {"repo": work.task.target_repo, "program": Path(command[0]).name}
     audit(config, "agent started", **facts)
-    try:
-        with audited(config, "agent ended", **facts) as end:
-            done = run_supervised(config, order, work.stop)
-            end["outcome"] = done.late or f"status {done.code}"
-    finally:  # also of an agent that was stopped
-        if log_file.exists():
-            log_file.write_text(config.masked(log_file.read_text("utf-8", "replace")), "utf-8")
-    # Masked before it is made harmless, which could change a secret so that it is not known any more.
-    done = done._replace(out=config.masked(done.out))
-    log.info("the agent's output is in %s", log_file)
+    with audited(config, "agent ended", **facts) as end:
+        done = run_in_workspace(work, command, work.time_left(), stdin, work.log_file, config.stall_seconds)
+        end["outcome"] = done.late or f"status {done.code}"
+    log.info("the agent's output is in %s", work.log_file)
     if done.late:
         raise early_end(done, config)
-    return done, config.masked(read_regular(summary))
+    return done, config.masked(read_regular(work.summary_file))
 
 
 def early_end(done: Finished, config: Config) -> RunnerError:
@@ -2916,13 +3286,24 @@ def early_end(done: Finished, config: Config) -> RunnerError:
 
 
 def process_command(work: Work) -> tuple[str, str]:
-    """Runs AGENT_COMMAND; the instruction is on standard input, in a file, and in the words."""
-    file, instruction = work.checkout.folder / "task.md", work.task.brief
-    done, summary = run_agent(work, command_words(work.config, instruction, file), instruction + "\n")
+    """Runs AGENT_COMMAND; what it is told is on standard input, in a file, and in the words."""
+    # What begins with a dash would be an option of the agent.
+    told = "\n" + work.prompt if work.prompt.startswith("-") else work.prompt
+    values = {"instruction": told, "instruction_file": str(work.prompt_file), "summary_file": str(work.summary_file)}
+    done, summary = run_agent(work, command_words(work.config, values), work.prompt + "\n")
     if done.code:
-        how = f"signal {-done.code}" if done.code < 0 else f"exit status {done.code}"
-        raise TaskFailed(f"The agent ended with {how}.", output=done.out)
+        advice = "What it printed last may say why." if done.out.strip() else "It printed nothing."
+        raise TaskFailed(f"The agent {how_ended(done)}.", advice, done.out)
     return summary, done.out
+
+
+def how_ended(done: Finished, limit: float = 0) -> str:
+    """How a program ended that was not well: with what, or when its `limit` in seconds was over."""
+    if done.late == "timeout":
+        return f"ran out of time ({duration(limit)})"
+    if done.late:
+        return "filled up the disk" if done.late == "disk" else "was ended from outside"
+    return f"ended with signal {-done.code}" if done.code < 0 else f"ended with exit status {done.code}"
 
 
 def read_regular(path: Path) -> str:
@@ -2986,13 +3367,255 @@ def call_plugin(function: Callable[..., Any], task: Task, workspace: Workspace) 
         return "failed", f"The plug-in raised {type(error).__name__}."
 
 
+# -- The built-in agent `openai`: a model that runs commands until the task is done. ----------------
+#
+# The key of the model stays in the runner: only the commands run within the walls. There is nothing
+# else to it: the whole conversation is sent each time, and a command's output is the next message.
+
+BASH = {  # https://platform.openai.com/docs/guides/function-calling
+    "name": "bash",
+    "description": "Runs a script with bash in the folder of the repository; answers with what it printed and its exit"
+    " status. Each call is a new shell, and what it leaves running is ended. There is no terminal and no input.",
+    "parameters": {
+        "type": "object",
+        "properties": {"command": {"type": "string", "description": "The script, of one or more lines."}},
+        "required": ["command"],
+        "additionalProperties": False,
+    },
+}
+SYSTEM = """\
+You are a coding agent. You work on a task in a repository with one tool, bash: look around, change files, run tests.
+You may write below the current folder, $TMPDIR and $HOME only. A command is ended after {minutes} minutes. Long output
+is cut in the middle, so look at large files in parts. When the task is done, answer without calling the tool: that
+answer is shown to reviewers as the summary of your change, in Markdown."""
+NUDGES = {
+    "length": "Your answer was too long and was cut off. Go on in smaller steps: call bash with a shorter script.",
+    "nothing": "You have not run any command yet. Call the tool bash to do the task; describing it changes nothing.",
+    "empty": "Your answer was empty. Call bash to go on, or sum up what you have changed if you are done.",
+}
+
+
+class Reply(NamedTuple):
+    """A model's message as it goes back into the conversation, its text, its calls as (id, name, arguments), and
+    whether it was cut off for its length."""
+
+    message: Mapping[str, Any]
+    text: str
+    calls: Sequence[tuple[str, str, str]]
+    cut_off: bool
+
+
+def read_reply(data: Any) -> Reply:
+    """Reads an answer of the model; raises Unreachable if it is none, for it may be good the next time.
+    https://platform.openai.com/docs/api-reference/chat/object"""
+    calls, sent = dict[str, tuple[str, str, str]](), []
+    try:
+        choice = data["choices"][0]
+        said, cut_off = choice["message"], choice.get("finish_reason") == "length"
+        parts = said.get("content") or ""
+        text = parts if isinstance(parts, str) else "".join(str(part.get("text") or "") for part in parts)
+        for number, call in enumerate(said.get("tool_calls") or []):
+            function, id_ = call["function"], str(call.get("id") or "")
+            name, arguments = str(function.get("name")), function.get("arguments")
+            arguments = (
+                arguments if isinstance(arguments, str) else json.dumps(arguments)
+            )  # some servers send an object
+            id_ = f"call-{number}" if id_ in ("", *calls) else id_
+            calls[id_] = id_, name, arguments
+            # Servers refuse a conversation with bad names or arguments: what was wrong the next message says.
+            shown = {
+                "name": re.sub(r"[^\w-]", "_", name)[:64],
+                "arguments": arguments if _is_object(arguments) else "{}",
+            }
+            sent.append({**call, "id": id_, "type": "function", "function": shown})
+    except (AttributeError, KeyError, IndexError, TypeError):
+        told = printable(json.dumps(data.get("error") if isinstance(data, dict) else None))[:500]
+        raise Unreachable(f"the model's answer holds no message ({told})") from None
+    message = {"role": "assistant", "content": text, **({"tool_calls": sent} if sent else {})}
+    return Reply(message, text, tuple(calls.values()), cut_off)
+
+
+def _is_object(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(text), dict)
+    return False
+
+
+def model_refusal(status: int, data: Any, headers: Mapping[str, str]) -> RunnerError:
+    """What an answer of 300 or more means for the task. https://platform.openai.com/docs/guides/error-codes/api-errors"""
+    error = data.get("error", data) if isinstance(data, dict) else data
+    known = error if isinstance(error, dict) else {"message": error}
+    reason, what = str(known.get("message") or known.get("detail") or "no message")[:500], known.get("code")
+    why = f"The model's server answered {status}: {reason}"
+    if what != "insufficient_quota" and (status in (408, 409, 429) or status >= 500):
+        fault = Unreachable(why)
+        with contextlib.suppress(ValueError):
+            fault.pause = min(max(0.0, float(headers.get("retry-after", ""))), MAX_PAUSE)
+        return fault
+    if what == "context_length_exceeded" or "context length" in reason.lower():
+        return TaskFailed(why, "The task takes more than the model can read: ask for less at a time.")
+    key, place = "OPENAI_API_KEY, what it may do, and what its account has left", "AGENT_MODEL and OPENAI_BASE_URL"
+    return TaskFailed(why, f"The runner's owner should check {key if status in (401, 402, 403, 429) else place}.")
+
+
+def interruptible(call: Callable[[], T], stop: threading.Event) -> T:
+    """What a call returns, or Stopping as soon as `stop` is set: the call then comes to its end unheard."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="model", daemon=True).start()
+    while not stop.is_set():
+        if wait_for([future], 0.2).done:
+            return future.result()
+    raise Stopping
+
+
+class Model:
+    """A model behind a server's chat completions, and what it has used up."""
+
+    def __init__(self, work: Work) -> None:
+        self._work, self._session = work, requests.Session()
+        key = work.config.model_key
+        self._session.auth = _bearer(key) if key else (lambda request: request)  # nor what ~/.netrc has
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+
+    def ask(self, messages: Sequence[Mapping[str, Any]]) -> Reply:
+        """The model's next message. A server that is away or too busy is asked again while there is time."""
+        work = self._work
+        if work.used["input"] + work.used["output"] > work.config.max_tokens:
+            why = f"The model has used more than {work.config.max_tokens:,} tokens."
+            raise TaskFailed(why, "Ask for less at a time, or let the runner's owner raise AGENT_MAX_TOKENS.")
+        body = {"model": work.config.model, "messages": messages, "tools": [{"type": "function", "function": BASH}]}
+        step = functools.partial(interruptible, functools.partial(self._post, body), work.stop)
+        try:
+            return patiently(step, work.clock, work.stop, min(PATIENCE, work.time_left()))
+        except Unreachable as fault:
+            work.time_left()
+            advice = "Run it again when the model's server is well."
+            raise TaskRetry(f"The model cannot be reached: {fault.why}", advice) from fault
+
+    def _post(self, body: Mapping[str, Any]) -> Reply:
+        url, timeout = f"{self._work.config.model_url}/chat/completions", (HTTP_TIMEOUT[0], self._work.time_left())
+        try:
+            response = self._session.post(url, json=body, timeout=timeout, allow_redirects=False)
+            data = response.json()
+        except requests.JSONDecodeError:
+            data = None
+        except requests.RequestException as error:
+            raise Unreachable(f"no answer from the model's server: {root_cause(error)}") from error
+        log.debug("POST %s -> %d", url, response.status_code)
+        if response.status_code >= 300:
+            raise model_refusal(response.status_code, data, response.headers)
+        self._count(data)
+        return read_reply(data)
+
+    def _count(self, data: Any) -> None:
+        """https://platform.openai.com/docs/api-reference/chat/object#chat/object-usage"""
+        used = self._work.used
+        used["steps"] += 1
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # not every server counts
+            usage = data["usage"]
+            used["input"] += int(usage.get("prompt_tokens") or 0)
+            used["output"] += int(usage.get("completion_tokens") or 0)
+            used["cached"] += int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+
+def process_openai(work: Work) -> tuple[str, str]:
+    """Has AGENT_MODEL run commands until it says that it is done; its last message is the summary."""
+    facts, transcript = {"repo": work.task.target_repo, "program": work.config.model}, Output(str(work.log_file))
+    audit(work.config, "agent started", **facts)
+    try:
+        with audited(work.config, "agent ended", **facts), Model(work) as model:
+            summary = converse(work, model, transcript)
+        return summary, transcript.tail.decode("utf-8", "replace")
+    except (TaskFailed, TaskRetry) as failure:
+        failure.output = failure.output or transcript.tail.decode("utf-8", "replace")
+        raise
+    finally:
+        transcript.close()
+        log.info("the conversation is in %s", work.log_file)
+
+
+def converse(work: Work, model: Model, transcript: Output) -> str:
+    """The loop: ask, run, answer. Returns the last message."""
+    system = SYSTEM.format(minutes=int(BASH_TIMEOUT / 60))
+    messages: list[Mapping[str, Any]] = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": work.prompt},
+    ]
+    nudged = set[str]()
+    for _ in range(work.config.max_steps):
+        reply = model.ask(messages)
+        messages.append(reply.message)
+        note(work, transcript, reply.text)
+        for id_, name, arguments in reply.calls:
+            answer = answer_call(work, transcript, name, arguments, reply.cut_off)
+            messages.append({"role": "tool", "tool_call_id": id_, "content": answer})
+        lack = what_lacks(reply, work.used["calls"])
+        if not reply.calls and (not lack or lack in nudged):
+            return work.config.masked(re.sub(r"\A\s*<think>[\s\S]*?</think>\s*", "", reply.text))
+        if lack:
+            messages.append({"role": "user", "content": NUDGES[lack]})
+            nudged |= {lack} - {"length"}
+    why = f"The model did not come to an end in {work.config.max_steps} steps."
+    raise TaskFailed(why, "Ask for less at a time, or let the runner's owner raise AGENT_MAX_STEPS.")
+
+
+def what_lacks(reply: Reply, calls: int) -> str:
+    """What is to be said to a message that calls nothing and is no good as the last one; or ""."""
+    if reply.calls:
+        return ""
+    if reply.cut_off:
+        return "length"
+    return "empty" if not reply.text.strip() else "nothing" if not calls else ""
+
+
+def answer_call(work: Work, transcript: Output, name: str, arguments: str, cut_off: bool) -> str:
+    """What a model is told of one call: what the command printed and how it ended, or what was wrong with the call."""
+    try:
+        given = json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        return NUDGES["length"] if cut_off else f"The arguments are not valid JSON: {error}"
+    command = given.get("command") if isinstance(given, dict) else None
+    if name != "bash" or not isinstance(command, str) or not command.strip():
+        return 'There is one tool, bash, and it has one argument, "command", a string. Nothing was run.'
+    work.used["calls"] += 1
+    note(work, transcript, "\n".join(f"$ {line}" for line in command.split("\n")))
+    limit = min(BASH_TIMEOUT, work.time_left())
+    done = run_script(work, command, limit)
+    work.time_left()
+    if done.late and done.late != "timeout":
+        raise early_end(done, work.config)
+    output = cut_middle(printable(re.sub(r"\r\n?", "\n", done.out)).rstrip(), TOLD_OF_OUTPUT)
+    note(work, transcript, output)
+    return f"{output}\n\n(It {how_ended(done, limit)}.)".lstrip()
+
+
+def note(work: Work, transcript: Output, text: str) -> None:
+    """Writes to the log of the conversation."""
+    if text.strip():
+        transcript.add((work.config.masked(text.rstrip()) + "\n").encode("utf-8", "replace"))
+
+
 # -- The story of one task. ------------------------------------------------------------------------
 
 
 STOPPED = "The runner was stopped. The task is queued, and starts over when it is back."
 PROGRESS = {
     "preparing": "The repository is being fetched.",
+    "setup": "The setup command is running.",
     "working": "The agent is at work.",
+    "verifying": "The checks are running.",
     "publishing": "The change is being published.",
 }
 
@@ -3019,6 +3642,7 @@ class Attempt:
         self.task: Task | None = None
         self.facts: dict[str, Any] = {"issue": number, "task": "", "attempt": 0, "phase": "claiming"}
         self.title, self.why, self.pull = row.title if row else "", "", ""
+        self._log_file, self._rows = NOWHERE, dict[str, str]()
         self.begun = self._phase_begun = self.told = runner.clock.monotonic()
         self._telling, self.milestone = threading.Lock(), False
 
@@ -3033,7 +3657,7 @@ class Attempt:
         runner has the issue) or "dropped" (it has it now). Raises what makes it impossible to tell it on the issue;
         the claim stays then until somebody takes it over."""
         self.begun = self._phase_begun = self.told = self._runner.clock.monotonic()
-        self.facts["phase"], outcome = "claiming", "dropped"
+        self.facts["phase"], outcome, self._rows = "claiming", "dropped", {}
         try:
             if self.claim.held:
                 self.claim.attempt += 1
@@ -3107,7 +3731,7 @@ class Attempt:
         try:
             if (issue := self._read_again()) is None:
                 return "skipped"
-            task = self.task = parse_task(issue, self._config, self.claim.attempt)
+            task = self.task = parse_task(issue, self._config, self.claim.attempt, self.why)
             self.facts["task"], self.title = task.slug, task.title
             self.enter("checking")
             if not self._refused and claim_repo(task, self._config).lower() != self.claim.repo.lower():
@@ -3123,7 +3747,7 @@ class Attempt:
             self._check_edits(task)
             log.info("begun in %s", task.target_repo)
             self._say(self._working(task))
-            pull = self._carry_out(task)
+            pull, failure = self._carry_out(task)
         except Stopping:
             self.enter("reporting")
             self.claim.check()
@@ -3131,16 +3755,18 @@ class Attempt:
             return "cancelled" if self._cancelled else "stopped"
         except TaskRetry as retry:
             return self._retry(task, retry)
-        except TaskFailed as failure:
-            return self._failed(task, failure)
+        except TaskFailed as failed:
+            return self._failed(task, failed)
         except ClaimLost:
             raise
         except Exception:
             log.exception("a fault of the runner")
             return self._failed(task, TaskFailed("The runner met a fault; its log says more."))
         self.pull = f"{self._config.server_url}/{task.target_repo}/pull/{pull['number']}"
-        rows = {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
-        self._close(task, "done", f"Done: {pull['html_url']}", rows)
+        self._rows |= {"Pull request": f"{task.target_repo}#{pull['number']}", "Branch": code(task.branch)}
+        if failure:
+            return self._failed(task, failure, f"What there is so far is in a draft: {pull['html_url']}")
+        self._close(task, "done", f"Done: {pull['html_url']}")
         log.info("done: %s", pull["html_url"])
         return "done"
 
@@ -3210,8 +3836,8 @@ class Attempt:
             self.settled = str(issue["updated_at"])
             self.halt.set()
 
-    def _carry_out(self, task: Task) -> dict[str, Any]:
-        """Work, commit, push, pull request: what the task is about."""
+    def _carry_out(self, task: Task) -> tuple[dict[str, Any], RunnerError | None]:
+        """Work, commit, push, pull request: what the task is about. With it comes why it is not finished, if so."""
         self.enter("preparing")
         patiently, mirror = self._runner.patiently, Mirror(self._git, self._config, task.target_repo)
         base_ref, ref = f"refs/heads/{task.base}" if task.base else "HEAD", f"refs/heads/{task.branch}"
@@ -3222,21 +3848,23 @@ class Attempt:
             raise TaskFailed(why, f"Its default branch is {code(default)}." if default else "Push a first commit.")
         with mirror.use():
             fetch = functools.partial(mirror.fetch, f"refs/heads/{base}", refs[base_ref])
-            unfinished = old and patiently(lambda: mirror.sound(lambda: self._unfinished(task, mirror, old)))
-            if unfinished:
-                commit = patiently(lambda: mirror.sound(fetch))
-                summary, output, stat = "", "", diffstat(self._git, mirror.path, commit, old)
-                self.enter("publishing")
-            else:
-                summary, output, stat = self._publish(task, mirror, base, fetch, old)
-        text = pull_body(task, base, summary, stat, self._run, output)
-        wanted = {"title": pull_title(task), "head": task.branch, "base": base, "body": text}
-        return self._github.open_pull(task.target_repo, wanted, step_marker(self._run, "pull"), bool(old))
+            result = patiently(lambda: mirror.sound(lambda: self._published(task, mirror, fetch, old))) if old else None
+            result = result or self._publish(task, mirror, base, fetch, old)
+        return self._open_pull(task, base, result, bool(old)), result.failure
 
-    def _publish(
-        self, task: Task, mirror: Mirror, base: str, fetch: Callable[[], str], old: str
-    ) -> tuple[str, str, str]:
-        """Runs `process_task` and pushes what it changed; its summary, its output, and what it changed."""
+    def _open_pull(self, task: Task, base: str, result: Result, again: bool) -> dict[str, Any]:
+        """The pull request, with labels and reviewers; a task does not hang on these."""
+        config, repo = self._config, task.target_repo
+        wanted = {"title": pull_title(task, config.pull_title), "head": task.branch, "base": base}
+        wanted["body"] = pull_body(task, base, result, self._run)
+        draft, marker = config.pull_draft or result.failure is not None, step_marker(self._run, "pull")
+        pull = self._github.open_pull(repo, wanted, draft, marker, again)
+        problems = self._github.dress_pull(repo, pull["number"], config.pull_labels, config.pull_reviewers)
+        self._rows |= {name: f"none: {code(why)}" for name, why in problems.items()}
+        return pull
+
+    def _publish(self, task: Task, mirror: Mirror, base: str, fetch: Callable[[], str], old: str) -> Result:
+        """Runs `process_task` in a fresh checkout and pushes what it changed."""
         if self.claim.attempt > self._config.max_attempts:
             raise TaskFailed(
                 f"The runner broke off {self.claim.attempt - 1} attempts at this task; its log may say why."
@@ -3250,28 +3878,91 @@ class Attempt:
 
         checkout = self._runner.patiently(lambda: mirror.sound(fill))
         try:
-            log_path(self._config, self.number, task.attempt).unlink(missing_ok=True)  # of an earlier run
-            self.enter("working")
-            summary, output = process_task(Work(task, checkout, self._config, self.halt))
-            self.enter("publishing")
-            if not (made := checkout.commit(commit_message(task, self._run), self._config)):
-                advice = "If there is something to change, say more precisely what and where."
-                raise TaskFailed("The agent changed nothing.", advice, output)
-            log.info("made commit %s", made)
-            stat = diffstat(self._git, checkout.git_dir, checkout.workspace.commit, made)
-            self.claim.renew({f"refs/heads/{task.branch}": (old, made)}, checkout.git_dir)
-            return summary, output, stat
+            result = self._change(task, checkout)
+            self.claim.renew({f"refs/heads/{task.branch}": (old, result.commit)}, checkout.git_dir)
+            return result
         finally:
             remove_tree(checkout.folder)
 
-    def _unfinished(self, task: Task, mirror: Mirror, tip: str) -> bool:
-        """Whether the branch that is there is of a run of this issue that did not come to its end; then the rest is to
-        be done. If it did, somebody wants another run. Raises TaskFailed for a branch of somebody else."""
-        mirror.fetch(f"refs/heads/{task.branch}", tip)
-        trailers = [f"%(trailers:key={key},valueonly,separator=%x20)" for key in ("Dispatch-Issue", "Run")]
+    def _change(self, task: Task, checkout: Checkout) -> Result:
+        """What the agent makes of the task, committed. What is not finished is kept, if not as a draft, then in a file.
+        Raises TaskFailed, TaskRetry or Stopping."""
+        config = self._config.for_agent(task.agent)
+        work = Work(task, checkout, config, self.halt, self._runner.clock, Counter(), NOWHERE)
+        summary = output = tree = ""
+        failure: TaskFailed | None = None
+        try:
+            tree, summary, output, failure = self._work(work)
+        except Refused:
+            raise
+        except TaskFailed as caught:
+            failure, tree = caught, self._remains(checkout)
+        finally:
+            self._rows = describe_use(work)
+        if failure and not (tree and config.draft_on_failure):
+            raise self._kept(failure, checkout, tree)
+        self.enter("publishing")
+        made = checkout.commit(tree, commit_message(task, self._run, config, failure), config)
+        log.info("made commit %s", made)
+        stat = diffstat(self._git, checkout.git_dir, checkout.workspace.commit, made)
+        return Result(made, stat, summary, output, describe_use(work), failure)
+
+    def _work(self, work: Work) -> tuple[str, str, str, TaskFailed | None]:
+        """Setup, agent, checks, and the agent again while they fail: what has changed, as a tree; the agent's summary
+        and output; and why the change is not good, if so."""
+        config, round_ = work.config, 0
+        if config.setup_command:
+            run_setup(self._part("setup", work, ".setup"))
+        work = work._replace(ends=time.monotonic() + config.task_timeout)
+        while True:
+            round_ += 1
+            work = self._part("working", work, f".round-{round_}" if round_ > 1 else "")
+            summary, output = process_task(work)
+            if not (tree := work.checkout.take(config)):
+                raise nothing_changed(work, output)
+            if not config.verify_command:
+                return tree, summary, output, None
+            begun = time.monotonic()
+            failure = failed_checks(self._part("verifying", work, f".checks-{round_}"), tree)
+            if not failure or round_ > config.verify_rounds:
+                return tree, summary, output, failure
+            told = blocks(failure.why, cut_middle(failure.output.strip(), TOLD_OF_OUTPUT))
+            # The time of the checks is not the agent's.
+            work = work._replace(task=replace(work.task, failure=told), ends=work.ends + time.monotonic() - begun)
+
+    def _part(self, phase: str, work: Work, name: str) -> Work:
+        """Begins a part of the work that prints something; the name is that of its log."""
+        self.enter(phase)
+        self._log_file = new_log(self._config, f"{self.number}-{work.task.attempt}{name}.log")
+        return work._replace(log_file=self._log_file)
+
+    def _remains(self, checkout: Checkout) -> str:
+        """What an agent that failed has changed, as a tree; "" if that is nothing, or must not be kept."""
+        try:
+            return checkout.take(self._config)
+        except TaskFailed as refused:
+            log.warning("what the agent has changed is not kept: %s", refused.why)
+            return ""
+
+    def _kept(self, failure: TaskFailed, checkout: Checkout, tree: str) -> TaskFailed:
+        """The failure, once what was changed is in a file, of which it tells."""
+        if tree:
+            file = new_log(self._config, f"{self.number}-{self.facts['attempt']}.patch")
+            file.touch(0o600)
+            file.write_text(checkout.patch(tree), "utf-8", "surrogateescape")
+            where = f"What there is so far is on the runner's machine: {code(f'logs/{file.name}')} in its state folder."
+            failure.advice = f"{failure.advice} {where}".strip()
+        return failure
+
+    def _published(self, task: Task, mirror: Mirror, fetch: Callable[[], str], tip: str) -> Result | None:
+        """What the branch that is there brings, if it is of a run of this issue that did not come to its end: then the
+        rest is to be done. If it did, somebody wants another run. Raises TaskFailed for a branch of somebody else."""
+        mirror.fetch(f"refs/heads/{task.branch}", tip, "task")  # one name for all of these, of which there is no end
+        keys = ("Dispatch-Issue", "Run", "Unfinished")
+        trailers = [f"%(trailers:key={key},valueonly,separator=%x20)" for key in keys]
         command = ("log", "--first-parent", "-200", f"--format=%H%x00{'%x00'.join(trailers)}", tip, "--")
         commits = [line.split("\0") for line in self._git(*command, git_dir=mirror.path).splitlines()]
-        commit, owner, run = next((commit for commit in commits if commit[1]), ("", "", ""))
+        commit, owner, run, unfinished = next((commit for commit in commits if commit[1]), ("", "", "", ""))
         if owner.lower() != task.reference.lower():
             whose = f"{task.target_repo} has a branch {code(task.branch)} of {owner or 'somebody else'}."
             raise TaskFailed(whose, "Give this task an id of its own, or delete the branch.")
@@ -3281,22 +3972,24 @@ class Attempt:
             if commit != tip:
                 why = f"Somebody has added commits to the branch {code(task.branch)}, which another run would replace."
                 raise TaskFailed(why, "Give this task an id of its own, or delete the branch.")
-            return False
+            return None
         log.info("the branch was pushed before")
+        self.enter("publishing")
         self._run, self._again = run, True
-        return True
+        failure = TaskFailed(unfinished) if unfinished else None
+        return Result(tip, diffstat(self._git, mirror.path, fetch(), tip), failure=failure)
 
-    def _failed(self, task: Task, failure: TaskFailed) -> str:
+    def _failed(self, task: Task, failure: RunnerError, draft: str = "") -> str:
         self.why = failure.why
         log.warning("failed: %s", failure.why)
         if isinstance(failure, Refused):
             audit(self._config, "refused", author=task.author, reason=failure.why)
         again = f"To run it again, take the label {code(self._config.failed_label)} off this issue."
-        text = blocks(f"**Failed.** {harmless(failure.why)}", harmless(failure.advice), again)
-        self._close(task, "failed", text, {}, failure.output)
+        text = blocks(f"**Failed.** {harmless(failure.why)}", draft, harmless(failure.advice), again)
+        self._close(task, "failed", text, failure.output)
         return "failed"
 
-    def _close(self, task: Task, end: str, text: str, rows: Mapping[str, str], output: str = "") -> None:
+    def _close(self, task: Task, end: str, text: str, output: str = "") -> None:
         """The last comment, then the label: an issue with the label has its comment."""
         self.enter("reporting")
         took = duration(self.elapsed)
@@ -3304,7 +3997,7 @@ class Attempt:
             told = self.told > self.begun
         if told:  # else it would go on to say what the agent does
             self._say(f"Worked on it: task {code(task.task_id)} in {task.target_repo}, attempt {task.attempt}, {took}.")
-        rows = {"Task": code(task.task_id), **rows, "Attempt": str(task.attempt), "Duration": took}
+        rows = {"Task": code(task.task_id), **self._rows, "Attempt": str(task.attempt), "Duration": took}
         body = render_comment(self._run, "end", blocks(text, table(rows)), output, metadata_comment(task.metadata))
         try:
             self._comment("end", body)
@@ -3316,7 +4009,8 @@ class Attempt:
 
     def _retry(self, task: Task, retry: TaskRetry) -> str:
         if task.attempt >= self._config.max_attempts:
-            return self._failed(task, TaskFailed(f"{retry.why} ({task.attempt} attempts)", "", retry.output))
+            why = f"{retry.why} ({task.attempt} attempts)" if task.attempt > 1 else retry.why
+            return self._failed(task, TaskFailed(why, retry.advice, retry.output))
         self.enter("reporting")  # from now on nobody else tells anything
         clock, why = self._runner.clock, f"Attempt {task.attempt} did not work out: {harmless(retry.why)}"
         pause = clock.jitter(RETRY_PAUSE * 2.0 ** (task.attempt - 1))
@@ -3345,10 +4039,10 @@ class Attempt:
 
     @property
     def last_line(self) -> str:
-        """What the agent has printed last, while it is at work."""
-        if self.facts["phase"] != "working":
+        """What the agent, or another command, has printed last, while it is at work."""
+        if self.facts["phase"] not in ("setup", "working", "verifying"):
             return ""
-        return last_line(self._config, log_path(self._config, self.number, self.facts["attempt"]))
+        return last_line(self._config, self._log_file)
 
     @property
     def can_tell(self) -> bool:
@@ -4154,7 +4848,7 @@ def walls(config: Config) -> dict[str, bool]:
 
 def check_sandbox(config: Config) -> str:
     """The walls around an agent. That they are incomplete is no fault, unless they are required."""
-    if config.process_task == "patch":
+    if config.process_task == "patch" and not (config.routes or config.setup_command or config.verify_command):
         return "patches need none"
     if os.geteuid() == 0 and not config.allow_root:
         advice = "Start the runner as another user, in a container for example, or set AGENT_ALLOW_ROOT=yes."
@@ -4169,16 +4863,39 @@ def check_sandbox(config: Config) -> str:
     return f"agents are kept from {holding or 'nothing'}" + (f"; not from {missing}" if missing else "")
 
 
+def check_model(config: Config) -> str:
+    """Whether the model's server takes the key; not every server lists its models.
+    https://platform.openai.com/docs/api-reference/models/list"""
+    url, key = f"{config.model_url}/models", config.model_key
+    auth = _bearer(key) if key else (lambda request: request)
+    try:
+        answer = requests.get(url, auth=auth, timeout=HTTP_TIMEOUT, allow_redirects=False)
+    except requests.RequestException as error:
+        raise TaskFailed(f"no answer from {url}: {root_cause(error)}", "Check OPENAI_BASE_URL.") from None
+    if answer.status_code in (401, 403):
+        raise TaskFailed(f"{url} answers {answer.status_code}", "Check OPENAI_API_KEY and what it may do.")
+    return f"{config.model} at {config.model_url}"
+
+
+def check_agents(config: Config) -> str:
+    """The usual agent, and those that tasks can ask for."""
+    usual = check_agent(config)
+    others = [f"{name}: {check_agent(config.for_agent(name))}" for name in sorted(config.routes)]
+    return "; ".join([usual, *others])
+
+
 def check_agent(config: Config) -> str:
-    """A plug-in is loaded; the built-ins were looked at with the variables."""
+    """A plug-in is loaded, a model's server is asked; the other built-ins were looked at with the variables."""
     if ":" in config.process_task:
         config.home.mkdir(parents=True, exist_ok=True)
         done = run_supervised(config, make_order(config, [*PROGRAM, "--plugin", config.process_task], Path("/"), {}))
         if done.code:
             said = printable((done.out.strip() or done.late or f"status {done.code}").splitlines()[-1])
             raise TaskFailed(f"{config.process_task}: {said}", "Mend the plug-in, or AGENT_PROCESS_TASK.")
+    if config.process_task == "openai":
+        return f"openai {check_model(config)}"
     if config.process_task == "command":
-        return f"command {'/bin/sh' if config.shell else command_words(config, '', Path())[0]}"
+        return f"command {'/bin/sh' if config.shell else command_words(config, {})[0]}"
     return config.process_task
 
 
@@ -4222,7 +4939,7 @@ class Doctor:
         """One finding after the other. Where nobody can sign in, the rest is not looked at."""
         config = self._config
         local = {"state": check_state, "git": check_git, "disk": check_disk, "sandbox": check_sandbox}
-        for name, check in {**local, "agent": check_agent, "http": check_http}.items():
+        for name, check in {**local, "agent": check_agents, "http": check_http}.items():
             yield self._find(name, functools.partial(check, config))
         yield (first := self._find("sign-in", self._check_sign_in))
         targets = [name for name in config.allowed_targets if REPO_NAME.fullmatch(name)]
@@ -4384,7 +5101,7 @@ def examine(findings: Iterator[Finding], as_json: bool) -> int:
 def run(config: Config, once: bool, issue: int | None, handler: logging.Handler) -> int:
     """The daemon, or one round of it; the exit code."""
     try:
-        for check in (check_state, check_git, check_sandbox, check_agent):
+        for check in (check_state, check_git, check_sandbox, check_agents):
             check(config)
     except TaskFailed as problem:
         log.error("cannot start: %s", problem.told)

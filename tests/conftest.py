@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -119,6 +120,9 @@ class World:
         self.home = folder / "home"  # where agents can leave what tests look at
         self.home.mkdir()
         self.env |= {"AGENT_WRITE_INTERVAL": "0", "AGENT_ALLOW_ROOT": "yes", "AGENT_HOME": str(self.home)}
+        prompt = folder / "prompt.md"  # agents here are small programs that need no advice
+        prompt.write_text("{instruction}\n\nTarget: {context}\n")
+        self.env["AGENT_PROMPT_FILE"] = str(prompt)
         self._started: list[subprocess.Popen[str]] = []
 
     def config(self, **env: str) -> Config:
@@ -211,10 +215,16 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A started stand-in. A request that GitHub would not know fails the test."""
     # A FastClock makes a task of a second one of five minutes, of whose progress the issue would be told.
     monkeypatch.setattr(runner_module, "PROGRESS_PAUSE", runner_module.PROGRESS_PAUSE * FastClock.SPEED)
-    with StandIn(tmp_path / "github", check=check_request, graphql=answer_query) as github:
+    with open_world(tmp_path) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def open_world(folder: Path) -> Iterator[World]:
+    with StandIn(folder / "github", check=check_request, graphql=answer_query) as github:
         github.add_repository(DISPATCH)
         github.add_repository(TARGET, files={"README.md": "# Widgets\n", "src/app.py": "print(1)\n"})
-        world = World(github, tmp_path)
+        world = World(github, folder)
         yield world
         world.end()
         assert github.problems == []

@@ -17,6 +17,7 @@ import pytest
 from conftest import DISPATCH, TARGET, World
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from model import ModelServer
 from standin import Fault
 from standin_app import App, Installation
 from test_cli import finish
@@ -323,6 +324,43 @@ def test_the_program_and_the_plugin_that_will_run_are_named(world: World) -> Non
     (world.folder / "mine.py").write_text("def process_task(issue): return True\n")
     spec = f"{world.folder}/mine.py:process_task"
     assert checked(world, AGENT_PROCESS_TASK=spec).row("agent").found == spec
+
+
+def test_the_agents_that_tasks_can_choose_are_named(world: World) -> None:
+    row = checked(world, AGENT_COMMAND="true", AGENT_COMMAND_SECOND="false").row("agent")
+    assert row.found == f"command {shutil.which('true')}; second: command {shutil.which('false')}"
+
+
+def test_walls_are_looked_at_where_only_a_named_agent_or_a_script_needs_them(world: World) -> None:
+    assert checked(world).row("sandbox").found == "patches need none"
+    for variable in ("AGENT_COMMAND_SECOND", "AGENT_SETUP_COMMAND", "AGENT_VERIFY_COMMAND"):
+        assert "agents are kept from" in checked(world, **{variable: "true"}).row("sandbox").found
+
+
+def test_a_models_server_that_takes_the_key_is_well(world: World) -> None:
+    with ModelServer() as model:
+        row = checked(world, **model.env()).row("agent")
+    assert (row.mark, row.found) == ("✓", f"openai standin-model at {model.url}")
+    assert model.headers == []  # nothing was asked of the model itself
+    assert model.paths == ["GET /v1/models"]
+
+
+def test_a_server_that_does_not_list_its_models_is_well(world: World) -> None:
+    with ModelServer(models=None, key=None) as model:
+        assert checked(world, **model.env()).row("agent").mark == "✓"
+
+
+def test_a_models_key_that_is_refused_is_found(world: World) -> None:
+    with ModelServer() as model:
+        row = checked(world, **model.env() | {"OPENAI_API_KEY": "sk-wrong"}).row("agent")
+    assert (row.mark, row.found) == ("✗", f"{model.url}/models answers 401")
+    assert row.cure == "Check OPENAI_API_KEY and what it may do."
+
+
+def test_a_models_server_that_is_away_is_found(world: World) -> None:
+    row = checked(world, AGENT_MODEL="any", OPENAI_BASE_URL="http://127.0.0.1:1/v1").row("agent")
+    assert re.fullmatch(r"no answer from http://127\.0\.0\.1:1/v1/models: .*Connection refused", row.found)
+    assert row.cure == "Check OPENAI_BASE_URL."
 
 
 # -- variables --------------------------------------------------------------------------------------

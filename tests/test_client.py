@@ -228,7 +228,7 @@ MARKER = "<!-- agent-runner run=r1 step=pull -->"
 
 def open_pull(client: Client, branch: str, marker: str = MARKER, again: bool = False) -> dict[str, Any]:
     fields = {"title": "Agent task: x", "base": "main", "head": branch, "body": f"text {marker}"}
-    return client.github.open_pull(TARGET, fields, marker, again)
+    return client.github.open_pull(TARGET, fields, False, marker, again)
 
 
 @pytest.mark.parametrize("fault", [{}, {"drop": "before"}, {"drop": "after"}, {"status": 500}])

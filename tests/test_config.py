@@ -18,7 +18,7 @@ from conftest import DISPATCH, TARGET, make_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner import DROPPINGS, Config, ConfigError, Secret, git_login
+from runner import DROPPINGS, PROMPT, Config, ConfigError, Secret, git_login
 
 TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
 DEFAULTS: dict[str, tuple[str, Any]] = {
@@ -42,6 +42,21 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "AGENT_PROCESS_TASK": ("process_task", "patch"),
     "AGENT_COMMAND": ("command", ""),
     "AGENT_SHELL": ("shell", False),
+    "AGENT_MODEL": ("model", ""),
+    "OPENAI_BASE_URL": ("model_url", "https://api.openai.com/v1"),
+    "OPENAI_API_KEY": ("model_key", ""),
+    "AGENT_MAX_STEPS": ("max_steps", 100),
+    "AGENT_MAX_TOKENS": ("max_tokens", 5_000_000),
+    "AGENT_PRICE_INPUT": ("price_input", -1),
+    "AGENT_PRICE_CACHED": ("price_cached", -1),
+    "AGENT_PRICE_OUTPUT": ("price_output", -1),
+    "AGENT_PROMPT_FILE": ("prompt", PROMPT),
+    "AGENT_SETUP_COMMAND": ("setup_command", ""),
+    "AGENT_SETUP_TIMEOUT": ("setup_timeout", 600),
+    "AGENT_VERIFY_COMMAND": ("verify_command", ""),
+    "AGENT_VERIFY_TIMEOUT": ("verify_timeout", 600),
+    "AGENT_VERIFY_ROUNDS": ("verify_rounds", 1),
+    "AGENT_DRAFT_ON_FAILURE": ("draft_on_failure", False),
     "AGENT_TASK_TIMEOUT": ("task_timeout", 1800),
     "AGENT_STALL_SECONDS": ("stall_seconds", 0),
     "AGENT_SANDBOX": ("sandbox", "auto"),
@@ -62,6 +77,11 @@ DEFAULTS: dict[str, tuple[str, Any]] = {
     "AGENT_MAX_CHANGED_BYTES": ("max_changed_bytes", 10_000_000),
     "AGENT_IGNORE": ("ignore", tuple(DROPPINGS.split(","))),
     "AGENT_ALLOW_WORKFLOWS": ("allow_workflows", False),
+    "AGENT_BRANCH": ("branch", "agent-task-{task_id}"),
+    "AGENT_PR_TITLE": ("pull_title", "Agent task: {title}"),
+    "AGENT_PR_DRAFT": ("pull_draft", False),
+    "AGENT_PR_LABELS": ("pull_labels", ()),
+    "AGENT_PR_REVIEWERS": ("pull_reviewers", ()),
     "AGENT_COMMIT_NAME": ("commit_name", "agent-runner"),
     "AGENT_COMMIT_EMAIL": ("commit_email", "agent-runner@noreply.github.com"),
     "AGENT_HTTP_HOST": ("http_host", "127.0.0.1"),
@@ -94,6 +114,23 @@ BAD = [
     ("AGENT_POLL_INTERVAL", "nan", "must be a number"),
     ("AGENT_TASK_TIMEOUT", "inf", "must be a number"),
     ("AGENT_STALL_SECONDS", "-1", "0 or more"),
+    ("OPENAI_BASE_URL", "localhost:11434/v1", "http(s) address"),
+    ("OPENAI_API_KEY", "two words", "blanks"),
+    ("AGENT_MAX_STEPS", "0", "1 or more"),
+    ("AGENT_MAX_TOKENS", "1.5", "1 or more"),
+    ("AGENT_PRICE_INPUT", "-1", "a price, 0 or more"),
+    ("AGENT_PRICE_OUTPUT", "nan", "a price, 0 or more"),
+    ("AGENT_PROMPT_FILE", "/nowhere/prompt.md", "cannot be read: No such file"),
+    ("AGENT_PROMPT_FILE", "/dev/null", "must hold {instruction}"),
+    ("AGENT_SETUP_TIMEOUT", "0", "1 or more"),
+    ("AGENT_VERIFY_TIMEOUT", "soon", "must be a number"),
+    ("AGENT_VERIFY_ROUNDS", "-1", "0 or more"),
+    ("AGENT_DRAFT_ON_FAILURE", "maybe", "yes or no"),
+    ("AGENT_BRANCH", "agent-task", "must hold {task_id}"),
+    ("AGENT_BRANCH", "{title}-{task_id}", "holds {title}, which stands for nothing"),
+    ("AGENT_BRANCH", "-{task_id}", "valid branch names"),
+    ("AGENT_PR_TITLE", "{name}: {title}", "holds {name}"),
+    ("AGENT_PR_DRAFT", "2", "yes or no"),
     ("AGENT_SANDBOX", "on", "auto, required or off"),
     ("AGENT_ALLOW_ROOT", "maybe", "yes or no"),
     ("AGENT_MAX_MEMORY_MB", "0", "1 or more"),
@@ -305,7 +342,7 @@ def test_the_agent_can_be_given_a_token_of_its_own() -> None:
 @pytest.mark.parametrize("hole", ["{instruction}", "{instruction_file}"])
 def test_a_shell_never_gets_the_instruction_in_its_command(hole: str) -> None:
     said = problems(AGENT_SHELL="yes", AGENT_COMMAND=f"agent {hole} | tee log")
-    assert "AGENT_COMMAND must not hold {instruction} with AGENT_SHELL" in said
+    assert f"AGENT_COMMAND must not hold {hole} with AGENT_SHELL" in said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import re
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agents import AGENTS as REAL_AGENTS
 from conftest import RUNNER, World, issue_json, make_config
 from dotenv import dotenv_values
 
@@ -26,8 +28,10 @@ ROOT = RUNNER.parent
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs/agent-runner-setup.md"
 APP_GUIDE = ROOT / "docs/github-app.md"
+AGENTS = ROOT / "docs/agents.md"
 COMPOSE = ROOT / "docker-compose.agent-runner.yml"
-PAGES = [README, GUIDE, APP_GUIDE, ROOT / "docs/security.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+OTHERS = ("docs/security.md", "docs/plugins.md", "docs/failures.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = [README, GUIDE, APP_GUIDE, AGENTS, *(ROOT / page for page in OTHERS)]
 ENV_LINE = re.compile(r"^#?([A-Z_]+)=(.*)$", re.MULTILINE)
 YOURS = {"AGENT_DISPATCH_REPO": "you/tasks", "AGENT_TARGET_REPO": "you/project"}
 
@@ -113,7 +117,8 @@ def test_the_env_example_is_a_valid_configuration(tmp_path: Path, uncommented: b
 def test_variables_that_the_documentation_names_exist() -> None:
     known = {*Config.variables(), *runner.AGENT_SIDE, "AGENT_RUNNER_TOKEN"}  # the last one is a secret's name
     for page in (*PAGES, ROOT / ".env.example", ROOT / "Dockerfile", COMPOSE):
-        assert set(re.findall(r"\bAGENT_[A-Z_]*[A-Z]\b(?!_?\*)", read(page))) <= known, page
+        named = set(re.findall(r"\bAGENT_[A-Z_]*[A-Z]\b(?!_?[*<])", read(page)))
+        assert {name for name in named if not runner.ROUTE.fullmatch(name)} <= known, page
 
 
 # Versions, options, links.
@@ -137,7 +142,7 @@ def options_in(text: str) -> set[str]:
 def test_every_option_is_documented_and_every_documented_option_exists() -> None:
     helped = subprocess.run([sys.executable, str(RUNNER), "--help"], capture_output=True, text=True)
     real = options_in(helped.stdout.partition("options:")[2].partition("\n\n")[0])
-    text = "\n".join(map(read, PAGES))
+    text = "\n".join(read(page) for page in PAGES if page != AGENTS)  # whose options are the agents'
     calls = re.findall(r"runner\.py((?: -[^\s`]+| [N\d]+)+)", text)
     alone = re.findall(r"`(--?[a-z][a-z-]*(?: N)?)`", text)
     assert real == options_in(" ".join(calls + alone))
@@ -207,52 +212,62 @@ def test_the_backends_expression_reads_the_readmes_pull_request() -> None:
     assert body.startswith(found[0])
 
 
-@pytest.fixture
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The README's plug-ins, loaded as the runner loads them."""
-    loaded = []
-    for index, source in enumerate(s for s in fences(README, "python") if "def process_task" in s):
-        file = tmp_path / f"readme_plugin_{index}.py"
-        file.write_text(source, "utf-8")
-        monkeypatch.setitem(sys.modules, file.stem, None)  # put back in the end
-        loaded.append(load_plugin(f"{file}:process_task"))
-    return loaded
+def test_the_readmes_plugin_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = (block for block in fences(README, "python") if "def process_task" in block)
+    (tmp_path / "readme_plugin.py").write_text(source, "utf-8")
+    monkeypatch.setitem(sys.modules, "readme_plugin", None)  # put back in the end
+    plugin = load_plugin(f"{tmp_path / 'readme_plugin.py'}:process_task")
+    workspace = Workspace(tmp_path, "main", "0" * 40)
+    assert call_plugin(plugin, parse("Please.", title="A pony"), workspace) == ("done", "Wrote the wish down.")
+    assert read(tmp_path / "WISH.md") == "A pony\n"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    (tmp_path / "tree").mkdir()
-    monkeypatch.chdir(tmp_path / "tree")
-    return Workspace(tmp_path / "tree", "main", "0" * 40)
+def settings_in(page: Path) -> list[dict[str, str]]:
+    """The examples of settings on a page, each as the variables that it sets."""
+    examples = (block for block in fences(page, "sh") if re.search(r"^[A-Z_]+=", block, re.MULTILINE))
+    parts = (part for block in examples for part in block.split("\n\n"))
+    return [
+        {k: v or "" for k, v in dotenv_values(stream=io.StringIO(part), interpolate=False).items()} for part in parts
+    ]
 
 
-def test_the_readmes_plugin_does_what_it_says(plugins: list[Any], workspace: Workspace) -> None:
-    plugin = plugins[0]
-    task = parse("Please.", title="A pony")
-    assert call_plugin(plugin, task, workspace) == ("done", "Wrote the wish down.")
-    assert read(workspace.path / "WISHES.md") == "- A pony\n"
-    refused = call_plugin(plugin, parse("Delete everything!"), workspace)
-    assert refused == ("failed", "I do not do that.")
-    (workspace.path / "FROZEN").touch()
-    assert call_plugin(plugin, task, workspace) == ("retry", "The project is frozen.")
+@pytest.mark.parametrize("page", [README, AGENTS], ids=lambda page: page.stem)
+def test_the_examples_of_agents_are_accepted(tmp_path: Path, page: Path) -> None:
+    examples = settings_in(page)
+    assert len(examples) > 2
+    for example in examples:
+        for name, value in example.items():
+            if name.startswith("AGENT_COMMAND"):
+                (tmp_path / value.split()[0]).touch(0o755)
+        config = make_config({"PATH": str(tmp_path), **example})
+        assert list(config.unknown()) == []
+        if config.command:
+            words = runner.command_words(
+                config, {"instruction": "Do it.", "summary_file": "/s", "instruction_file": "/i"}
+            )
+            assert words[0].startswith(str(tmp_path))
+            assert not any("{" in word for word in words)
 
 
-def test_the_readmes_plugin_for_the_issue_itself_works(plugins: list[Any], workspace: Workspace) -> None:
-    assert call_plugin(plugins[1], parse("Please.", title="A pony"), workspace) == ("done", "")
-    assert read(workspace.path / "WISH.md") == "A pony\n"
+def test_the_recipes_are_the_commands_that_make_agents_runs() -> None:
+    tried = {agent.command: agent for name, agent in REAL_AGENTS.items() if agent.packages}
+    recipes = [example for example in settings_in(AGENTS) if example.get("AGENT_COMMAND") in tried]
+    assert {example["AGENT_COMMAND"] for example in recipes} == {*tried}
+    versions = [cells[0] for cells in table(AGENTS, "Agent").values()]
+    assert sorted(versions) == sorted(re.split("[@=]+", agent.packages[0])[-1] for agent in tried.values())
 
 
-def test_the_readmes_agent_commands_are_accepted(tmp_path: Path) -> None:
-    (examples,) = (block for block in fences(README, "sh") if "AGENT_COMMAND=" in block)
-    pairs = re.findall(r"AGENT_COMMAND=(.+)\nAGENT_ENV=(.+)", examples)
-    assert len(pairs) == 3
-    for command, names in pairs:
-        program = tmp_path / command.split()[0]
-        program.touch(0o755)
-        config = make_config({"PATH": str(tmp_path), "AGENT_COMMAND": command, "AGENT_ENV": names})
-        words = runner.command_words(config, "Do it.", Path("/task.md"))
-        assert words[0] == str(program)
-        assert not any("{" in word for word in words)
+def test_the_agents_page_shows_the_real_prompt() -> None:
+    assert runner.PROMPT in fences(AGENTS, "text")
+    assert {name.strip("`{}") for name in table(AGENTS, "In a template")} == set(runner.PROMPT_NAMES)
+
+
+def test_the_agents_page_tells_the_real_limits() -> None:
+    text = read(AGENTS)
+    assert f"{runner.TOLD_OF_OUTPUT:,} characters" in text
+    assert runner.BASH_TIMEOUT == 600
+    assert "ten minutes for a command" in text
+    assert f"The newest {runner.LOGS_KEPT} files" in text
 
 
 # The smoke test of the guide, and the README's pull request, against the stand-in.

@@ -27,6 +27,7 @@ from test_task import agent, dispatch_body, metadata_of
 from runner import (
     FENCE,
     SAFE_ID,
+    Result,
     Row,
     Task,
     TaskFailed,
@@ -326,7 +327,7 @@ def assert_safe(task: Task, text: str) -> None:
     assert not task.base or is_branch_name(task.base)
     assert not set(task.instruction + task.title) & UNSEEN
     (task.instruction + task.title).encode()
-    head, body = metadata_comment(task.metadata), pull_body(task, task.base, text, text, "r1", text)
+    head, body = metadata_comment(task.metadata), pull_body(task, task.base, Result("", text, text, text), "r1")
     end = render_comment("r1", "end", blocks(harmless(text), code(task.task_id)), text, head)
     assert same(read_back(body), task.metadata)
     assert same(read_back(end), task.metadata)
@@ -335,9 +336,9 @@ def assert_safe(task: Task, text: str) -> None:
     assert [match[0] for match in CLOSES.finditer(body.removeprefix(head))] == ["Fixes acme/dispatch#7"]
     assert not CLOSES.search(end.replace(head, ""))
     assert not BACKENDS_CLOSES.search(body + end)
-    assert len(pull_title(task)) <= 256
-    assert len(pull_title(task).splitlines()) == 1
-    _, blank, *trailers = commit_message(task, "r1").splitlines()
+    assert len(pull_title(task, "{title}")) <= 256
+    assert len(pull_title(task, "{title}").splitlines()) == 1
+    _, blank, *trailers = commit_message(task, "r1", CONFIG).splitlines()
     assert trailers == [f"Task-Id: {task.slug}", "Dispatch-Issue: acme/dispatch#7", "Run: r1"]
     assert blank == ""
 
@@ -465,7 +466,7 @@ def test_a_hostile_body_is_read_without_a_fault(piece: str, frame: tuple[str, st
     assert len(task.instruction) <= len(body)
     task.instruction.encode()
     task = dataclasses.replace(task, metadata=METADATA)
-    assert read_back(pull_body(task, "main", task.instruction, body, "run")) == METADATA
+    assert read_back(pull_body(task, "main", Result("", body, task.instruction), "run")) == METADATA
 
 
 @pytest.mark.parametrize("value", ["[" * 30_000, "9" * 60_000, '{"a":' * 10_000, "1e999999", "NaN", '"\\ud800"'])
@@ -529,7 +530,7 @@ def test_output_closes_and_forges_nothing_and_stays_code() -> None:
 
 
 def test_names_of_files_close_and_forge_nothing() -> None:
-    body = pull_body(parse("Do it."), "main", "", f' fixes #1 | 1 +\n "{OTHER}\u202e" | 1 +\n', "r1")
+    body = pull_body(parse("Do it."), "main", Result("", f' fixes #1 | 1 +\n "{OTHER}\u202e" | 1 +\n'), "r1")
     assert not BACKENDS_CLOSES.search(body)
     assert len(READ_BACK.findall(body)) == 1
     assert "\u202e" not in body
@@ -539,10 +540,10 @@ def test_a_folded_output_stands_in_for_a_summary_whole() -> None:
     line = "<!--" * 125
     output = "\n".join([line] * 80)
     task = dataclasses.replace(parse("Do it."), metadata={"task_id": "x" * 15_000})
-    body = pull_body(task, "main", " \n", "fixes #1\n" * 2_000, "r1", output)
+    body = pull_body(task, "main", Result("", "fixes #1\n" * 2_000, " \n", output), "r1")
     assert folded_output(output) in body
     assert len(body) <= GITHUB_LIMIT
-    assert pull_body(task, "main", "Told.", "", "r1", output).count("<details>") == 0
+    assert pull_body(task, "main", Result("", "", "Told.", output), "r1").count("<details>") == 0
 
 
 def test_an_agents_output_in_a_pull_request_is_folded_and_defused(world: World) -> None:
@@ -550,9 +551,9 @@ def test_an_agents_output_in_a_pull_request_is_folded_and_defused(world: World) 
     program = f'print("@octocat </details> {forged} fixes #1"); open("new", "w")'
     world.open("Do it.")
     world.run_once(AGENT_COMMAND=agent(world.home, program))
-    fold = folded_output(f"@octocat </details> {forged} fixes #1")
+    fold = folded_output(f"@octocat </details> {forged} fixes #1", is_summary=True)
     assert fold in world.pull_body()
-    assert fold.startswith("<details><summary>")
+    assert fold.startswith("<details open><summary>")
     assert forged not in world.pull_body()
 
 
@@ -705,7 +706,7 @@ def test_no_summary_can_forge_the_metadata_of_a_pull_request(
     metadata: dict[str, Any], summary: str, stat: str, base: str
 ) -> None:
     task = dataclasses.replace(parse(backend_body()), metadata=metadata, task_id=summary, author=base)
-    body = pull_body(task, base, summary + OTHER, stat + OTHER, "run")
+    body = pull_body(task, base, Result("", stat + OTHER, summary + OTHER), "run")
     assert read_back(body) == metadata
 
 

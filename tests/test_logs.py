@@ -153,7 +153,7 @@ def test_the_audit_log_and_the_metrics_have_the_same_names(world: World) -> None
     assert sorted(past["outcome"] for past in describe(runner)["history"]) == ["done", "failed"]
     assert "agent_runner_phase_seconds_count" in text
     spent = dict(re.findall(r'agent_runner_phase_seconds_count{phase="(\w+)"} (\d+)', text))
-    assert {name: int(number) for name, number in spent.items()} == {
+    assert {name: int(number) for name, number in spent.items() if int(number)} == {
         "claiming": 2, "checking": 2, "preparing": 2, "working": 2, "publishing": 1, "reporting": 2
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from test_supervisor import Bench
 from test_task import RETRY, agent, dispatch_body, plugin
 
 import runner as runner_module
-from runner import LIVE_KEPT, LOG_KEPT, OUTPUT_KEPT, Config, Output, Runner, last_line, log_path, run_supervised
+from runner import LIVE_KEPT, LOG_KEPT, OUTPUT_KEPT, Config, Output, Runner, last_line, run_supervised
 
 AT_WORK = ("at work", "being fetched", "being published", "so far")
 
@@ -78,7 +78,7 @@ class Scene:
         before = file.read_bytes() if file.exists() else b""
         file.with_suffix(".new").write_bytes(before + raw)
         file.with_suffix(".new").rename(file)
-        log = log_path(self.runner.config, int(task[1:]), 1)
+        log = self.runner.config.state_dir / "logs" / f"{task[1:]}-1.log"
         size = min(len(before + raw), LOG_KEPT)
         wait_until(lambda: log.exists() and log.stat().st_size >= size)
 
@@ -666,7 +666,7 @@ def test_a_supervisor_shows_what_its_agent_says_as_it_goes(bench: Bench, size: i
 
 
 def test_the_file_of_an_agent_that_was_stopped_is_masked_too(scene: Scene, world: World) -> None:
-    log = log_path(scene.runner.config, 1, 1)
+    log = scene.runner.config.state_dir / "logs" / "1-1.log"
     scene.say(f"my token is {world.github.token}\n")
     assert world.github.token in log.read_text()  # it is the runner's own, for the moment
     assert log.stat().st_mode & 0o777 == 0o600

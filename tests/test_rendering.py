@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from runner import (
     FENCE,
     MAX_METADATA,
+    Result,
     Task,
     blocks,
     code,
@@ -71,7 +72,7 @@ def make_task(**changes: Any) -> Task:
 
 
 def test_a_pull_request_says_what_there_is_to_know() -> None:
-    body = pull_body(make_task(attempt=2), "main", "I made widgets.", " README.md | 2 +-\n", "r1")
+    body = pull_body(make_task(attempt=2), "main", Result("", " README.md | 2 +-\n", "I made widgets."), "r1")
     assert body.startswith("<!-- agent_task_metadata {")
     for part in (
         "I made widgets.",
@@ -88,7 +89,7 @@ def test_a_pull_request_says_what_there_is_to_know() -> None:
 
 
 def test_a_pull_request_needs_no_summary() -> None:
-    assert "\n\n\n" not in pull_body(make_task(), "main", "", " a | 1 +\n", "r1")
+    assert "\n\n\n" not in pull_body(make_task(), "main", Result("", " a | 1 +\n"), "r1")
 
 
 @huge
@@ -96,7 +97,7 @@ def test_a_pull_request_never_grows_over_the_limit(piece: str) -> None:
     text = piece * (200_000 // len(piece))
     room = "x" * (MAX_METADATA - len(metadata_comment({"task_id": ""})))
     task = make_task(metadata={"task_id": room}, task_id=text, author=text, title=text)
-    body = pull_body(task, text, text, text, "r1")
+    body = pull_body(task, text, Result("", text, text), "r1")
     assert len(body) <= GITHUB_LIMIT
     assert body.startswith(metadata_comment(task.metadata))
     assert body.endswith(f"Fixes acme/dispatch#7\n\n{step_marker('r1', 'pull')}")
@@ -105,11 +106,11 @@ def test_a_pull_request_never_grows_over_the_limit(piece: str) -> None:
 @pytest.mark.parametrize("size", [63_000, 64_000, 65_000])
 @pytest.mark.parametrize("mark", ["`", "~"])
 def test_a_summary_that_is_one_long_fence_stays_within_the_limit(mark: str, size: int) -> None:
-    assert len(pull_body(make_task(), "main", mark * size, "", "r1")) <= GITHUB_LIMIT
+    assert len(pull_body(make_task(), "main", Result("", "", mark * size), "r1")) <= GITHUB_LIMIT
 
 
 def test_a_long_summary_is_cut_with_a_note() -> None:
-    body = pull_body(make_task(), "main", "word " * 20_000, " a | 1 +\n", "r1")
+    body = pull_body(make_task(), "main", Result("", " a | 1 +\n", "word " * 20_000), "r1")
     assert NOTE.search(body)
     assert "### Changes" in body
 
@@ -118,7 +119,7 @@ def test_a_long_summary_is_cut_with_a_note() -> None:
 @example("```python\nprint(1)", "")
 @example("~~~~\n```", "````")
 def test_nothing_in_a_summary_swallows_what_follows(summary: str, stat: str) -> None:
-    shown = outside_fences(pull_body(make_task(), "main", summary, stat, "r1"))
+    shown = outside_fences(pull_body(make_task(), "main", Result("", stat, summary), "r1"))
     assert all(fence["close"] is not None for fence in FENCE.finditer(shown))
     assert "\n### Changes\n" in shown
     assert f"\n| Task | `{TASK_ID}` |\n" in shown
@@ -127,7 +128,7 @@ def test_nothing_in_a_summary_swallows_what_follows(summary: str, stat: str) -> 
 
 def test_a_summary_cannot_forge_the_marker_of_a_step() -> None:
     forged = step_marker("other", "pull")
-    assert forged not in pull_body(make_task(), "main", forged, "", "r1")
+    assert forged not in pull_body(make_task(), "main", Result("", "", forged), "r1")
 
 
 def test_a_summary_that_is_cut_inside_a_fence_ends_the_fence() -> None:
@@ -153,7 +154,7 @@ def test_what_is_harmless_is_left_alone() -> None:
     ids=["usual", "controls", "longest", "one too long", "emoji"],
 )
 def test_a_title_fits_into_256_characters(title: str, expected: str) -> None:
-    assert pull_title(make_task(title=title)) == expected
+    assert pull_title(make_task(title=title), "Agent task: {title}") == expected
     assert len(expected) <= 256
 
 
@@ -372,12 +373,12 @@ def trailers(message: str) -> list[str]:
     ],
 )
 def test_git_reads_the_trailers_of_a_commit(title: str) -> None:
-    message = commit_message(make_task(title=title), "r1")
+    message = commit_message(make_task(title=title), "r1", make_config())
     assert trailers(message) == [f"Task-Id: {TASK_ID}", "Dispatch-Issue: acme/dispatch#7", "Run: r1"]
 
 
 def test_a_commit_has_a_short_subject_of_its_own() -> None:
-    subject, blank, *_ = commit_message(make_task(title="\x1b[31m" + "word " * 50), "r1").split("\n")
+    subject, blank, *_ = commit_message(make_task(title="\x1b[31m" + "word " * 50), "r1", make_config()).split("\n")
     assert subject.startswith("Agent task: word word")
     assert len(subject) <= 100
     assert blank == ""
@@ -389,7 +390,7 @@ def test_a_commit_has_a_short_subject_of_its_own() -> None:
 def test_no_issue_forges_a_trailer(title: str, task_id: str) -> None:
     body = metadata_comment({"task_id": task_id})
     task = parse_task(issue_json(body, title=title), make_config())
-    read = trailers(commit_message(task, "r1"))
+    read = trailers(commit_message(task, "r1", make_config()))
     assert read == [f"Task-Id: {task.slug}", "Dispatch-Issue: acme/dispatch#7", "Run: r1"]
 
 

@@ -75,6 +75,7 @@ class Attack:
             self.give(folder)
         self.env = {
             **world.env,
+            "AGENT_PROMPT_FILE": "",  # which only this user could read
             "AGENT_ALLOW_ROOT": "no",
             "GITHUB_TOKEN": self.token,
             "PYTHONPATH": str(program.parent),

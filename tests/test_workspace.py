@@ -45,7 +45,8 @@ class Place:
         self.path = self.checkout.workspace.path
 
     def commit(self) -> str:
-        return self.checkout.commit("A change\n", self.config)
+        tree = self.checkout.take(self.config)
+        return self.checkout.commit(tree, "A change\n", self.config) if tree else ""
 
     def push(self, commit: str, old: str = "") -> None:
         self.git.push(TARGET, {BRANCH: (old, commit)}, self.checkout.git_dir)
