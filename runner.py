@@ -3208,10 +3208,16 @@ def make_order(
 
 def new_log(config: Config, name: str) -> Path:
     """A file for what is to be kept of a task; deletes the one of an earlier run, and the oldest of all."""
+
+    def age(path: Path) -> float:
+        with contextlib.suppress(FileNotFoundError):  # another task was quicker
+            return path.stat().st_mtime
+        return 0.0
+
     file = config.state_dir / "logs" / name
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
-    for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]:
+    for old in sorted(file.parent.iterdir(), key=age)[: -LOGS_KEPT + 1]:
         old.unlink(missing_ok=True)
     return file
 
