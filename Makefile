@@ -5,8 +5,10 @@
 # make race    run the tests that need the machine to themselves: many runners at one queue, greedy agents
 # make browser look at the status page with Chromium, which must be installed
 # make agents  have real coding agents make pull requests, with a scripted model; AGENTS="codex aider" takes some
+# make docker  try the image and the compose file on a Docker engine; PARTS="demo replicas" takes some of it
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make wake    measure how long it takes from a webhook to a claim
+# make release-check  say whether the tree is ready to be released, and what is missing
 # make clean   remove what these made
 #
 # They need Python 3.11 or newer, git and make; PYTHON=python3.12 picks another interpreter.
@@ -15,8 +17,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 TASKS := 2000
 AGENTS :=
+PARTS :=
 
-.PHONY: demo test race browser agents lint audit soak wake clean
+.PHONY: demo test race browser agents docker lint audit soak wake release-check clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
@@ -33,13 +36,18 @@ browser: .venv/development
 agents: .venv/development
 	$(BIN)/python tests/agents.py $(AGENTS)
 
+docker: .venv/development
+	$(BIN)/python tests/docker.py $(PARTS)
+
 # What looks like a password in tests is none.
 lint: .venv/development
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/bandit -q -c pyproject.toml -r ./runner.py ./bench
+	$(BIN)/bandit -q -c pyproject.toml -r ./runner.py ./bench ./.ci/release_check.py
 	$(BIN)/bandit -q -c pyproject.toml -s B105,B106,B107 -r ./tests
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck --severity=warning .ci/run .ci/engine
 
 audit: .venv/development
 	$(BIN)/python .ci/audit.py
@@ -49,6 +57,9 @@ soak: .venv/development
 
 wake: .venv/development
 	PYTHONPATH=tests $(BIN)/python bench/wake.py
+
+release-check: | .venv/bin/python
+	$(BIN)/python .ci/release_check.py
 
 clean:
 	rm -rf .venv .agents .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__

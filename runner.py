@@ -4223,11 +4223,12 @@ class Runner:
 
     def _tell_progress(self) -> None:
         """Has one task tell how far it is, at a milestone or if it was quiet longest: beside milestones an edit a
-        minute in all, fewer for a task that takes long, and none while GitHub allows little."""
+        minute by all runners at work, fewer for a task that takes long, and none while GitHub allows little."""
         now, github = self.clock.monotonic(), self.github
         due = [attempt for attempt in self._running.values() if self._tale_due(attempt) <= now]
         if due:
-            self._next_tale = now + PROGRESS_PAUSE
+            others = {seen.record.get("runner") for seen in self.seen.values()} - {None, self.id}
+            self._next_tale = now + PROGRESS_PAUSE * (1 + len(others))
             first = min(due, key=lambda attempt: (not attempt.can_tell, not attempt.milestone, attempt.told))
             if github.paused() or github.poll_pause(1) > 1:
                 first.milestone = False

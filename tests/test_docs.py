@@ -30,7 +30,15 @@ GUIDE = ROOT / "docs/agent-runner-setup.md"
 APP_GUIDE = ROOT / "docs/github-app.md"
 AGENTS = ROOT / "docs/agents.md"
 COMPOSE = ROOT / "docker-compose.agent-runner.yml"
-OTHERS = ("docs/security.md", "docs/plugins.md", "docs/failures.md", "CONTRIBUTING.md", "CHANGELOG.md")
+OTHERS = (
+    "docs/security.md",
+    "docs/plugins.md",
+    "docs/scaling.md",
+    "docs/failures.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
+EXAMPLES = sorted((ROOT / "docs/examples").iterdir())
 PAGES = [README, GUIDE, APP_GUIDE, AGENTS, *(ROOT / page for page in OTHERS)]
 ENV_LINE = re.compile(r"^#?([A-Z_]+)=(.*)$", re.MULTILINE)
 YOURS = {"AGENT_DISPATCH_REPO": "you/tasks", "AGENT_TARGET_REPO": "you/project"}
@@ -116,7 +124,7 @@ def test_the_env_example_is_a_valid_configuration(tmp_path: Path, uncommented: b
 
 def test_variables_that_the_documentation_names_exist() -> None:
     known = {*Config.variables(), *runner.AGENT_SIDE, "AGENT_RUNNER_TOKEN"}  # the last one is a secret's name
-    for page in (*PAGES, ROOT / ".env.example", ROOT / "Dockerfile", COMPOSE):
+    for page in (*PAGES, *EXAMPLES, ROOT / ".env.example", ROOT / "Dockerfile", COMPOSE):
         named = set(re.findall(r"\bAGENT_[A-Z_]*[A-Z]\b(?!_?[*<])", read(page)))
         assert {name for name in named if not runner.ROUTE.fullmatch(name)} <= known, page
 
@@ -149,8 +157,8 @@ def test_every_option_is_documented_and_every_documented_option_exists() -> None
 
 
 def test_the_make_targets_that_are_documented_exist() -> None:
-    documented = set(re.findall(r"\bmake ([a-z]+)\b(?=`|\s+#)", "\n".join(map(read, PAGES))))
-    targets = set(re.findall(r"^([a-z]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    documented = set(re.findall(r"\bmake ([a-z-]+)\b(?=`|\s+#)", "\n".join(map(read, PAGES))))
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE))
     assert {"demo", "test"} <= documented <= targets
 
 
@@ -437,7 +445,7 @@ def test_the_guide_keeps_what_github_answers_to_a_manifest(tmp_path: Path) -> No
 
 
 def test_the_actions_workflow_never_puts_an_issues_text_into_a_script() -> None:
-    (text,) = fences(GUIDE, "yaml")
+    text = read(ROOT / "docs/examples/agent-runner.yml")
     assert set(re.findall(r"github\.event\.issue\.(\w+)", text)) == {"number"}
     workflow = load_yaml(text)
     assert workflow[True] == {"issues": {"types": ["labeled"]}}  # YAML 1.1 reads `on` as true
@@ -447,6 +455,7 @@ def test_the_actions_workflow_never_puts_an_issues_text_into_a_script() -> None:
     assert last["run"] == 'python runner.py --issue "$NUMBER"'
     assert last["env"]["NUMBER"] == "${{ github.event.issue.number }}"
     assert not any("${{" in step.get("run", "") for step in job["steps"])
+    assert job["timeout-minutes"] * 60 > float(Config.variables()["AGENT_TASK_TIMEOUT"].metadata["default"])
 
 
 def interpolate(text: str, env: Mapping[str, str]) -> str:
@@ -456,9 +465,28 @@ def interpolate(text: str, env: Mapping[str, str]) -> str:
 
 @pytest.fixture
 def service() -> dict[str, Any]:
-    (service,) = load_yaml(read(COMPOSE))["services"].values()
+    service = load_yaml(read(COMPOSE))["services"]["agent-runner"]
     assert isinstance(service, dict)
     return service
+
+
+def test_only_the_runner_starts_by_itself_and_all_containers_have_walls() -> None:
+    services = load_yaml(read(COMPOSE))["services"]
+    assert [name for name, service in services.items() if not service.get("profiles")] == ["agent-runner"]
+    for service in services.values():
+        assert (service["read_only"], service["init"], service["cap_drop"]) == (True, True, ["ALL"])
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["deploy"]["resources"]["limits"]["pids"] > 2 * runner.SPARE_PROCESSES
+
+
+def test_the_agents_that_may_go_into_the_image_are_those_that_make_agents_runs() -> None:
+    offered = re.findall(r'NPM(?:=|: )"([^"]+)"', read(COMPOSE) + read(ROOT / "Dockerfile"))
+    assert len({*offered}) == 2
+    assert {*offered} <= {agent.packages[0] for agent in REAL_AGENTS.values() if agent.packages}
+
+
+def test_the_image_says_which_version_it_is() -> None:
+    assert f"\nARG VERSION={runner.__version__}\n" in read(ROOT / "Dockerfile")
 
 
 def test_the_compose_file_hands_on_the_runners_own_defaults(service: dict[str, Any]) -> None:

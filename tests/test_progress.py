@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DISPATCH, Daemon, FakeClock, FastClock, World, make_config, wait_until
+from conftest import DISPATCH, TARGET, Daemon, FakeClock, FastClock, World, make_config, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from standin import Fault, RecordedRequest
@@ -247,6 +248,24 @@ def test_several_tasks_share_one_edit_a_minute_the_longest_untold_first(
         assert sorted(order[:3]) == [1, 2, 3]
         assert order[:6] == order[:3] * 2
         assert order == order[:3] * 3
+
+
+def test_runners_that_are_at_work_share_one_edit_a_minute(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "PROGRESS_PAUSE", 60)
+    tree = world.github.git(TARGET, "rev-parse", "main^{tree}")
+    for number, other in {7: "b", 8: "c", 9: "c"}.items():
+        record = {"runner": other, "nonce": "0" * 16, "epoch": 1, "attempt": 1}
+        claim = world.github.git(TARGET, "commit-tree", tree, "-m", json.dumps(record))
+        world.github.git(TARGET, "update-ref", f"refs/agent-runner/claims/{DISPATCH}/{number}", claim)
+    world.open(patch(1))
+    with Scene(world) as scene:
+        scene.begin("t1")
+        told = []
+        for second in range(0, 700, 10):
+            before = len(edits(world))
+            scene.later(10)
+            told += [second + 10] * (len(edits(world)) - before)
+    assert told == [60, 240, 420, 600]
 
 
 def test_a_task_that_cannot_tell_does_not_keep_others_from_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
