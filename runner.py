@@ -1001,10 +1001,21 @@ def choose_target(metadata: Mapping[str, Any], lines: Mapping[str, str], config:
     return context if context and config.allows_target(context) else config.target_repo
 
 
+def stand_in(task_id: str) -> str:
+    """Always the same for an id, and good for every branch name."""
+    return "x" + hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def safe_slug(task_id: str) -> str:
-    """The id itself where it may stand in a branch name, else a stable stand-in for it."""
-    stand_in = "x" + hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return task_id if SAFE_ID.fullmatch(task_id) else stand_in
+    """The id itself where it may stand in a branch name, else a stand-in for it."""
+    return task_id if SAFE_ID.fullmatch(task_id) else stand_in(task_id)
+
+
+def name_branch(template: str, task_id: str, number: int) -> str:
+    """The branch of a task; not every id fits into every template."""
+    slugs = safe_slug(task_id), stand_in(task_id)
+    names = [fill(template, {"task_id": slug, "issue": str(number)}) for slug in slugs]
+    return next(filter(is_branch_name, names), names[0])
 
 
 def choose_agent(issue: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
@@ -1036,7 +1047,7 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1, failu
         metadata = {key: lines[key] for key in ("task_id", "user_id") if lines.get(key)}
     if metadata.get("task_id") in (None, "") or isinstance(metadata["task_id"], dict | list):
         metadata = {**metadata, "task_id": f"issue-{issue['number']}"}
-    slug = safe_slug(str(metadata["task_id"]))
+    task_id = str(metadata["task_id"])
     return Task(
         number=issue["number"],
         dispatch_repo=config.dispatch_repo,
@@ -1044,15 +1055,15 @@ def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1, failu
         url=encodable(issue.get("html_url")),
         author=encodable(login),
         trusted=trusted,
-        task_id=str(metadata["task_id"]),
-        slug=slug,
+        task_id=task_id,
+        slug=safe_slug(task_id),
         metadata=metadata,
         target_repo=choose_target(metadata, lines, config),
         base=str(metadata.get("base") or ""),
         context=printable(lines.get("target", "")),
         instruction=find_instruction(text, title),
         agent=choose_agent(issue, metadata),
-        branch=fill(config.branch, {"task_id": slug, "issue": str(issue["number"])}),
+        branch=name_branch(config.branch, task_id, issue["number"]),
         hidden=", ".join(f"{what}: {count}" for what, count in hidden.items() if count),
         attempt=attempt,
         failure=failure,
@@ -1080,6 +1091,8 @@ def check_task(task: Task, config: Config) -> None:
     if not config.allows_target(task.target_repo):
         advice = f"Name another target, or {owner} add it to AGENT_ALLOWED_TARGETS."
         raise Refused(f"This runner may not change the repository {code(task.target_repo)}.", advice)
+    if not is_branch_name(task.branch):
+        raise Refused(f"{code(task.branch)} is not a valid branch name.", f"{owner.capitalize()} change AGENT_BRANCH.")
     if task.base and not is_branch_name(task.base):
         raise Refused(f"The base {code(task.base)} is not a valid branch name.")
     if len(metadata_comment(task.metadata)) > MAX_METADATA:
@@ -1243,7 +1256,7 @@ def commit_message(task: Task, run: str, config: Config, failure: RunnerError | 
     if (user := (task.issue.get("user") or {}).get("id")) and re.fullmatch(r"[A-Za-z0-9-]+(\[bot\])?", task.author):
         host = urlsplit(config.server_url).hostname
         trailers["Co-authored-by"] = f"{task.author} <{user}+{task.author}@users.noreply.{host}>"
-    return f"{subject}\n\n" + "".join(f"{name}: {value}\n" for name, value in trailers.items())
+    return config.masked(f"{subject}\n\n" + "".join(f"{name}: {value}\n" for name, value in trailers.items()))
 
 
 # -- GitHub's protocol: pure functions that say what an answer means. ------------------------------
@@ -2407,7 +2420,8 @@ class Checkout:
         self._index, self._index_time = b"", 0
         self._settled: dict[str, str] = {}  # files of the commit that were changed before the agent began: their blobs
         self._leftovers = frozenset[str]()  # what was left out already then
-        self._pack = ""  # what was taken, while others run
+        self._passed: set[str] = set()  # new files and folders that are not the agent's
+        self._taken, self._pack = (b"", 0), ""  # the index of what was taken, with its time, and the objects
 
     def fill(self, branch: str) -> None:
         """Checks out the files; takes time with their number, not with the history's length."""
@@ -2426,8 +2440,11 @@ class Checkout:
         that are as old as it git compares by content."""
         remove_tree(self.git_dir)
         write_repository(self.git_dir, self.lenders, ignore=self._ignore)
-        (self.git_dir / "index").write_bytes(self._index)
-        os.utime(self.git_dir / "index", ns=(self._index_time, self._index_time))
+        self._put_index(self._index, self._index_time)
+
+    def _put_index(self, index: bytes, time_ns: int) -> None:
+        (self.git_dir / "index").write_bytes(index)
+        os.utime(self.git_dir / "index", ns=(time_ns, time_ns))
 
     def settle(self) -> None:
         """Has what was changed so far count as not the agent's: new files, and files of the commit as they are now."""
@@ -2439,13 +2456,16 @@ class Checkout:
     def new_files(self) -> set[str]:
         """The files and folders that git does not know, less what it ignores."""
         self._begin()
-        return {path[2:] for path in self._odd_files()} | set(self._listed())
+        return {path[2:] for path in self._odd_files()} | {path.rstrip("/") for path in self._listed()}
 
     def pass_over(self, known: set[str]) -> None:
         """Leaves the new files and folders out of the change from now on, but for those that were known before."""
-        # https://git-scm.com/docs/gitignore#_pattern_format
-        paths = sorted(path for path in self.new_files() - known if path.isprintable())
-        self._ignore = [*self._ignore, *("/" + re.sub(r"[*?\[\\!# ]", r"\\\g<0>", path) for path in paths)]
+        self._passed |= self.new_files() - known
+
+    def _counts(self, path: str) -> bool:
+        """Whether a path is not passed over, by itself or with a folder above it."""
+        parts = path.split("/")
+        return not any("/".join(parts[:end]) in self._passed for end in range(1, len(parts) + 1))
 
     def ignored_files(self) -> list[str]:
         """What the agent has left and git ignores."""
@@ -2464,11 +2484,16 @@ class Checkout:
         """What has changed: a tree with it, or "" for nothing. Raises TaskFailed for what must not be published."""
         self._begin()
         try:
-            self._refuse_odd_files(self._odd_files())
+            self._refuse_odd_files({path: why for path, why in self._odd_files().items() if self._counts(path[2:])})
             self._refuse_what_is_too_much(config)
-            self.run("add", "--all", ".")
+            # https://git-scm.com/docs/gitglossary#Documentation/gitglossary.txt-pathspec
+            paths = "\0".join([".", *(f":(exclude,literal){path}" for path in sorted(self._passed))])
+            paths_in = ("--pathspec-from-file=-", "--pathspec-file-nul")
+            self.run("add", "--all", *paths_in, stdin=paths.encode("utf-8", "surrogateescape"))
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
+        index = self.git_dir / "index"
+        self._taken = index.read_bytes(), index.stat().st_mtime_ns
         changes = self._changes()
         if same := [path for path, row in changes.items() if self._settled.get(path) == row[3]]:
             rows = "".join(f"{changes[path][0]} {changes[path][2]}\t{path}\0" for path in same)
@@ -2489,6 +2514,12 @@ class Checkout:
         if self._pack:
             self._renew()
             self.run("unpack-objects", "-q", stdin=self._pack.encode("utf-8", "surrogateescape"))
+
+    def restore(self) -> None:
+        """Has the files be again as they were when they were taken and held."""
+        self._give_back()
+        self._put_index(*self._taken)
+        self.run("checkout-index", "--force", "--all", "--quiet")
 
     def commit(self, tree: str, message: str, config: Config) -> str:
         """Commits what was taken."""
@@ -2531,7 +2562,8 @@ class Checkout:
         touched = {path: raw.split()[2] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
         sizes = self.run("cat-file", "--batch-check=%(objectsize)", stdin="\n".join(touched.values()).encode())
         before = dict(zip(touched, sizes.split(), strict=True))
-        new = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
+        listed = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
+        new = filter(self._counts, listed)
         count = size = 0
         for path in (*touched, *new):
             file, now = self.workspace.path / path, 0
@@ -3116,6 +3148,7 @@ def failed_checks(work: Work, tree: str) -> TaskFailed | None:
     if not done.code and not done.late:
         work.used["passed"] = 1
         return None
+    work.checkout.restore()
     advice = "The end of their output is below. Ask for less at a time, or say more precisely what is wanted."
     return TaskFailed(
         f"The checks failed: {code(config.verify_command)} {how_ended(done, config.verify_timeout)}.", advice, done.out
@@ -3421,16 +3454,17 @@ def read_reply(data: Any) -> Reply:
         parts = said.get("content") or ""
         text = parts if isinstance(parts, str) else "".join(str(part.get("text") or "") for part in parts)
         for number, call in enumerate(said.get("tool_calls") or []):
-            function, id_ = call["function"], str(call.get("id") or "")
+            function, id_ = call["function"], str(call.get("id") or "call")
             name, arguments = str(function.get("name")), function.get("arguments")
             arguments = (
                 arguments if isinstance(arguments, str) else json.dumps(arguments)
             )  # some servers send an object
-            id_ = f"call-{number}" if id_ in ("", *calls) else id_
+            while id_ in calls:
+                id_ = f"{id_}-{number}"
             calls[id_] = id_, name, arguments
             # Servers refuse a conversation with bad names or arguments: what was wrong the next message says.
             shown = {
-                "name": re.sub(r"[^\w-]", "_", name)[:64],
+                "name": re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64] or "_",
                 "arguments": arguments if _is_object(arguments) else "{}",
             }
             sent.append({**call, "id": id_, "type": "function", "function": shown})
@@ -3442,8 +3476,15 @@ def read_reply(data: Any) -> Reply:
 
 
 def _is_object(text: str) -> bool:
+    """Whether a text is a JSON object that any server can read."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)  # Python knows numbers that JSON does not
+
     with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(text), dict)
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False).encode()  # nor half characters
+        return isinstance(value, dict)
     return False
 
 
@@ -3464,8 +3505,9 @@ def model_refusal(status: int, data: Any, headers: Mapping[str, str]) -> RunnerE
     return TaskFailed(why, f"The runner's owner should check {key if status in (401, 402, 403, 429) else place}.")
 
 
-def interruptible(call: Callable[[], T], stop: threading.Event) -> T:
-    """What a call returns, or Stopping as soon as `stop` is set: the call then comes to its end unheard."""
+def interruptible(call: Callable[[], T], stop: threading.Event, check: Callable[[], object] = bool) -> T:
+    """What a call returns, or Stopping as soon as `stop` is set, or what `check` raises meanwhile: the call then comes
+    to its end unheard."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -3478,6 +3520,7 @@ def interruptible(call: Callable[[], T], stop: threading.Event) -> T:
     while not stop.is_set():
         if wait_for([future], 0.2).done:
             return future.result()
+        check()
     raise Stopping
 
 
@@ -3502,7 +3545,7 @@ class Model:
             why = f"The model has used more than {work.config.max_tokens:,} tokens."
             raise TaskFailed(why, "Ask for less at a time, or let the runner's owner raise AGENT_MAX_TOKENS.")
         body = {"model": work.config.model, "messages": messages, "tools": [{"type": "function", "function": BASH}]}
-        step = functools.partial(interruptible, functools.partial(self._post, body), work.stop)
+        step = functools.partial(interruptible, functools.partial(self._post, body), work.stop, work.time_left)
         try:
             return patiently(step, work.clock, work.stop, min(PATIENCE, work.time_left()))
         except Unreachable as fault:
@@ -3514,11 +3557,12 @@ class Model:
         url, timeout = f"{self._work.config.model_url}/chat/completions", (HTTP_TIMEOUT[0], self._work.time_left())
         try:
             response = self._session.post(url, json=body, timeout=timeout, allow_redirects=False)
-            data = response.json()
-        except requests.JSONDecodeError:
-            data = None
         except requests.RequestException as error:
             raise Unreachable(f"no answer from the model's server: {root_cause(error)}") from error
+        data = None
+        with contextlib.suppress(ValueError, RecursionError):
+            # Without half characters, which no server takes back.
+            data = json.loads(json.dumps(response.json(), ensure_ascii=False).encode("utf-8", "replace"))
         log.debug("POST %s -> %d", url, response.status_code)
         if response.status_code >= 300:
             raise model_refusal(response.status_code, data, response.headers)
@@ -3529,11 +3573,14 @@ class Model:
         """https://platform.openai.com/docs/api-reference/chat/object#chat/object-usage"""
         used = self._work.used
         used["steps"] += 1
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # not every server counts
+        with contextlib.suppress(
+            AttributeError, KeyError, OverflowError, TypeError, ValueError
+        ):  # not every server counts
             usage = data["usage"]
-            used["input"] += int(usage.get("prompt_tokens") or 0)
-            used["output"] += int(usage.get("completion_tokens") or 0)
-            used["cached"] += int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            counts = {"input": usage.get("prompt_tokens"), "output": usage.get("completion_tokens"), "cached": cached}
+            for name, count in counts.items():
+                used[name] += min(max(0, int(count or 0)), 10**12)
 
 
 def process_openai(work: Work) -> tuple[str, str]:
@@ -3986,7 +4033,7 @@ class Attempt:
         return Result(tip, diffstat(self._git, mirror.path, fetch(), tip), failure=failure)
 
     def _failed(self, task: Task, failure: RunnerError, draft: str = "") -> str:
-        self.why = failure.why
+        self.why = self._config.masked(failure.why)
         log.warning("failed: %s", failure.why)
         if isinstance(failure, Refused):
             audit(self._config, "refused", author=task.author, reason=failure.why)
@@ -4020,7 +4067,7 @@ class Attempt:
         self.enter("reporting")  # from now on nobody else tells anything
         clock, why = self._runner.clock, f"Attempt {task.attempt} did not work out: {harmless(retry.why)}"
         pause = clock.jitter(RETRY_PAUSE * 2.0 ** (task.attempt - 1))
-        self.why = retry.why
+        self.why = self._config.masked(retry.why)
         log.warning("again in %.0f s: %s", pause, retry.why)
         self._say(blocks(why, f"It will be tried again in {duration(pause)}."), retry.output)
         self.due = clock.monotonic() + pause

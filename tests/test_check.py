@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, NamedTuple
 
 import pytest
@@ -640,3 +642,28 @@ def test_what_others_say_stays_in_its_row(world: World) -> None:
     assert report.marks("✗") == ["dispatch"]
     assert "first ✓ second" in report.row("dispatch").found
     assert not re.search("[\x1b\u202e]", report.text)
+
+
+def test_a_models_server_is_asked_as_the_agent_asks_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no login of ~/.netrc, and at no other address."""
+    netrc = world.folder / "netrc"
+    netrc.write_text("machine 127.0.0.1 login a password b\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        checked(world, AGENT_MODEL="any", OPENAI_BASE_URL=f"http://127.0.0.1:{server.server_port}/v1").row("agent")
+        server.shutdown()
+    assert seen == [("/v1/models", None)]

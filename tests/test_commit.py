@@ -596,3 +596,9 @@ def test_names_of_strange_characters_can_be_published(world: World) -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", world.pull_body())
     listed = world.github.git(TARGET, "ls-tree", "-z", "--name-only", world.pull().head).split("\0")
     assert len(listed) - 1 == len(names) + len(["README.md", "new.txt", "src"])
+
+
+def test_a_workspace_that_became_a_link_is_refused_as_such(place: Place) -> None:
+    place.path.rename(place.path.with_name("old"))
+    place.path.symlink_to("old")
+    refused(place, "The workspace was replaced by a link")

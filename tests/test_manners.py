@@ -9,6 +9,8 @@ from conftest import DISPATCH, PATCH, TARGET, FastClock, World
 from standin import Fault
 from test_task import dispatch_body
 
+from runner import is_branch_name
+
 
 def test_a_pull_request_may_be_a_draft(world: World) -> None:
     world.open()
@@ -122,3 +124,47 @@ def test_an_app_that_asked_is_co_author_by_its_full_name(world: World) -> None:
     world.run_once(AGENT_ALLOWED_AUTHORS="helper[bot]")
     log = world.github.git(TARGET, "log", "-1", "--format=%(trailers:key=Co-authored-by,valueonly)", world.pull().head)
     assert re.fullmatch(r"helper\[bot\] <\d+\+helper\[bot\]@users\.noreply\.127\.0\.0\.1>", log.strip())
+
+
+@pytest.mark.parametrize(
+    ("template", "task_id"),
+    [("a.{task_id}", ".b"), ("{task_id}", "-x"), ("{task_id}", "HEAD"), ("x" * 150 + "{task_id}", "b" * 64)],
+)
+def test_an_id_that_makes_no_branch_with_its_template_gets_a_stand_in(
+    world: World, template: str, task_id: str
+) -> None:
+    world.open(dispatch_body(task_id=task_id))
+    world.runner(FastClock(), AGENT_BRANCH=template).run_once()
+    assert world.labels() == ["agent-done", "copilot-agent"]
+    assert is_branch_name(world.pull().head)
+    assert world.pull().head.startswith(template.removesuffix("{task_id}"))
+
+
+def test_a_template_that_leaves_no_room_for_ids_is_told_before_the_agent_runs(world: World) -> None:
+    world.open(dispatch_body())
+    world.runner(FastClock(), AGENT_BRANCH="x" * 195 + "{task_id}").run_once()
+    assert "is not a valid branch name" in world.last_comment()
+
+
+def test_secrets_are_in_no_commit_message(world: World) -> None:
+    world.open(PATCH, title="Use s3cret-s3cret")
+    world.run_once(AGENT_ENV="GIVEN", GIVEN="s3cret-s3cret")
+    assert "s3cret-s3cret" not in world.github.git(TARGET, "log", "-1", "--format=%B", world.pull().head)
+
+
+def test_another_refusal_of_a_draft_is_no_reason_to_do_without_one(world: World) -> None:
+    body = {"message": "Validation Failed", "errors": [{"message": "Something else"}]}
+    world.github.faults.append(Fault("POST", f"/repos/{TARGET}/pulls", status=422, body=body, times=1))
+    world.open()
+    world.run_once(AGENT_PR_DRAFT="yes")
+    assert world.labels() == ["agent-failed", "copilot-agent"]
+    assert not world.github.pulls(TARGET)
+
+
+def test_a_pull_request_of_this_run_is_not_written_again(world: World) -> None:
+    """The answer to its creation was lost: what people have changed in it since stays."""
+    world.github.faults.append(Fault("POST", f"/repos/{TARGET}/pulls", drop="after"))
+    world.open()
+    world.runner(FastClock()).run_once()
+    assert world.labels() == ["agent-done", "copilot-agent"]
+    assert not world.requests("PATCH", f"/repos/{TARGET}/pulls")

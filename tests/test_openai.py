@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from conftest import TARGET, FakeClock, FastClock, World, make_config, wait_until
 from model import (
+    Fault,
     ModelServer,
+    Reply,
     Step,
     answer,
     call,
@@ -300,7 +303,7 @@ def test_a_name_that_no_function_may_have_is_mended() -> None:
     function = {"name": "bash; ls \u00e9" * 20, "arguments": "{}"}
     data = {"choices": [{"message": {"content": None, "tool_calls": [{"id": "1", "function": function}]}}]}
     sent = read_reply(data).message["tool_calls"][0]
-    assert len(sent["function"]["name"]) == 64
+    assert re.fullmatch("[A-Za-z0-9_-]{64}", sent["function"]["name"])
     assert sent["type"] == "function"
 
 
@@ -558,3 +561,228 @@ def test_a_label_chooses_the_model(world: World) -> None:
     assert model.problems == []
     assert "| Model | `small-1` |" in world.pull_body()
     assert "| Agent | `small` |" in world.pull_body()
+
+
+# -- Answers that no model should give ----------------------------------------------------------------
+
+
+def raw(text: str) -> Fault:
+    """An answer of exactly these words."""
+    return Fault(200, text.encode())
+
+
+def with_usage(reply: Reply, usage: str) -> Fault:
+    data = json.dumps({**reply.render("standin-model"), "usage": "USAGE"})
+    return raw(data.replace('"USAGE"', usage))
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        '{"prompt_tokens": NaN}',
+        '{"prompt_tokens": 1e999}',
+        '{"prompt_tokens": -5000, "completion_tokens": -1}',
+        '{"prompt_tokens": true}',
+        '{"prompt_tokens": [1]}',
+        '"many"',
+        "[]",
+        "7",
+    ],
+)
+def test_a_usage_that_is_no_number_does_no_harm(world: World, usage: str) -> None:
+    world.open("Touch x.")
+    with ModelServer([with_usage(call("touch x"), usage), with_usage(say("Done."), usage)]) as model:
+        solve(world, model, AGENT_PRICE_INPUT="1")
+    assert changed(world) == ["A\tx"]
+    assert re.search(r"\| Tokens \| \d+ in", world.pull_body())
+
+
+def test_a_usage_beyond_all_measure_is_too_much_and_no_fault(world: World) -> None:
+    world.open("Touch x.")
+    with ModelServer([with_usage(call("touch x"), '{"prompt_tokens": ' + "9" * 4_300 + "}")]) as model:
+        solve(world, model, AGENT_PRICE_INPUT="1")
+    assert "The model has used more than 5,000,000 tokens." in failed(world)
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"choices": ' + "9" * 5_000 + "}"], ids=["deep", "long number"])
+def test_json_that_python_does_not_read_is_asked_for_again(world: World, body: str) -> None:
+    world.open("Touch x.")
+    with ModelServer([raw(body), call("touch x"), say("Done.")]) as model:
+        solve(world, model, FastClock())
+    assert changed(world) == ["A\tx"]
+
+
+def test_what_is_no_json_goes_not_back_to_the_server(world: World) -> None:
+    world.open("Touch x.")
+    data = call("touch x").render("standin-model")
+    data["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] = {"command": "touch x", "n": "NUMBER"}
+    with ModelServer([raw(json.dumps(data).replace('"NUMBER"', "NaN")), say("Done.")]) as model:
+        solve(world, model, FastClock())
+    assert changed(world) == ["A\tx"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        call("touch x", text="half \ud83d"),
+        raw_call("bash", '{"command": "touch x; echo \ud83d"}'),
+        raw_call("bash", '{"command": "touch x; echo \\ud83d"}'),
+        raw_call("bash", '{"command": "touch x"}', id="a\ud83d"),
+    ],
+    ids=["text", "arguments", "escape in arguments", "id"],
+)
+def test_half_a_character_goes_not_back_to_the_server(world: World, reply: Reply) -> None:
+    world.open("Touch x.")
+    with ModelServer([reply, say("Done \ud83d.")]) as model:
+        solve(world, model, FastClock())
+    assert changed(world) == ["A\tx"]
+    assert world.pull_body().encode()
+
+
+def test_half_a_character_in_a_refusal_is_no_fault_of_the_runner(world: World) -> None:
+    world.open("Touch x.")
+    with ModelServer([call("touch x"), status(400, message="bad \ud83d thing")]) as model:
+        solve(world, model, AGENT_DRAFT_ON_FAILURE="yes")
+    assert world.pull().draft is True
+    assert "The model's server answered 400: bad" in world.last_comment()
+
+
+@pytest.mark.parametrize("name", ["", "\u00e9", "a b", "x" * 100])
+def test_a_name_goes_back_as_servers_take_it(world: World, name: str) -> None:
+    world.open("Touch x.")
+    with ModelServer([raw_call(name, "{}"), call("touch x"), say("Done.")]) as model:
+        solve(world, model)
+    assert changed(world) == ["A\tx"]
+
+
+@pytest.mark.parametrize("ids", [["1", "1", "1"], ["call-1", ""], ["", "call-0"], ["", ""]], ids=repr)
+def test_every_call_gets_an_id_of_its_own(ids: list[str]) -> None:
+    calls = [{"id": id_, "function": {"name": "bash", "arguments": "{}"}} for id_ in ids]
+    reply = read_reply({"choices": [{"message": {"content": None, "tool_calls": calls}}]})
+    assert [made["id"] for made in reply.message["tool_calls"]] == [id_ for id_, _, _ in reply.calls]
+    assert len({id_ for id_, _, _ in reply.calls} - {""}) == len(ids)
+
+
+def test_time_is_bounded_also_while_the_answer_drips(world: World) -> None:
+    """No limit of time between two bytes would notice."""
+    world.open("Touch x.")
+    with ModelServer([slow(600, say("Done."), drip=True)]) as model:
+        world.run_once(**model.env(), AGENT_TASK_TIMEOUT="2")
+    assert "The agent ran out of time (2 s)." in failed(world)
+
+
+def test_a_key_that_a_server_repeats_is_in_no_commit(world: World) -> None:
+    world.open("Touch x.")
+    with ModelServer([call("touch x"), status(401, message=f"Incorrect API key provided: {KEY}.")]) as model:
+        solve(world, model, AGENT_DRAFT_ON_FAILURE="yes")
+    message = world.github.git(TARGET, "log", "-1", "--format=%B", world.pull().head)
+    assert "Unfinished: The model's server answered 401" in message
+    assert KEY not in message
+
+
+def test_a_key_that_a_server_repeats_is_not_told_to_the_next_attempt(world: World) -> None:
+    (world.folder / "prompt.md").write_text("{instruction}\nBefore: {failure}\n")
+    world.open("Touch x.")
+    refusals = [status(500, message=f"Something is wrong with {KEY}.")] * 20  # as often as one attempt asks
+    with ModelServer([*refusals, call('cat "$AGENT_TASK_FILE"; touch x'), say("Done.")]) as model:
+        world.runner(FastClock(), **model.env()).run_once()
+    assert "Before: The model cannot be reached" in json.dumps(model.requests[-1])
+    assert KEY not in json.dumps(model.requests)
+
+
+# -- What nothing else would notice -------------------------------------------------------------------
+
+
+def test_the_log_of_the_conversation_holds_no_secret(world: World) -> None:
+    world.open("Touch x.")
+    secret = "a value of mine"
+    with ModelServer([call(f"touch x # {secret}", text=f"It is {secret}."), say("Done.")]) as model:
+        runner = solve(world, model, AGENT_ENV="GIVEN", GIVEN=secret)
+    log = (runner.config.state_dir / "logs" / "1-1.log").read_text()
+    assert log == "It is ***.\n$ touch x # ***\nDone.\n"
+
+
+def test_a_models_key_is_a_secret_also_if_no_agent_gets_it() -> None:
+    config = make_config({"OPENAI_API_KEY": "sk-123456789", "AGENT_MODEL": "tiny-1"})
+    assert config.masked("key sk-123456789") == "key ***"
+
+
+def test_a_server_is_not_waited_for_beyond_the_tasks_time(world: World) -> None:
+    world.open("Touch x.")
+    clock = FakeClock()
+    with ModelServer(itertools.repeat(status(500))) as model:
+        solve(world, model, clock, AGENT_TASK_TIMEOUT="100", AGENT_MAX_ATTEMPTS="1")
+    assert "The model cannot be reached" in failed(world)
+    assert sum(seconds for seconds in clock.waits if seconds <= 60) <= 100  # longer are those for the claim
+
+
+def test_a_model_that_takes_all_the_time_is_out_of_time_and_not_out_of_reach(world: World) -> None:
+    world.open("Touch x.")
+    with ModelServer([slow(600, say("Done."))]) as model:
+        world.run_once(**model.env(), AGENT_TASK_TIMEOUT="1")
+    assert "The agent ran out of time (1 s)." in failed(world)
+
+
+def test_a_model_may_think_longer_than_github(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "HTTP_TIMEOUT", (10, 0.5))
+    world.open("Touch x.")
+    with ModelServer([slow(1.5, call("touch x")), say("Done.")]) as model:
+        solve(world, model)
+    assert len(model.requests) == 2
+
+
+def test_a_command_that_fills_the_disk_ends_the_attempt(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = runner_module.Finished(-15, "", "", "disk")
+    monkeypatch.setattr(runner_module, "run_script", lambda *_, **__: done)
+    world.open("Touch x.")
+    with ModelServer([call("yes > x")]) as model:
+        solve(world, model, AGENT_MAX_ATTEMPTS="1")
+    assert "The disk filled up while the agent ran." in failed(world)
+
+
+def test_answers_may_be_too_long_more_than_once(world: World) -> None:
+    world.open("Touch x.")
+    long = say("I will now", finish="length")
+    with ModelServer([call("touch x"), long, long, say("Done.")]) as model:
+        solve(world, model)
+    assert told(model, 2) == told(model, 3) == [runner_module.NUDGES["length"]]
+    assert "\n\nDone.\n\n" in world.pull_body()
+
+
+def test_another_tool_runs_nothing_whatever_its_arguments(world: World) -> None:
+    world.open("Touch x.")
+    with ModelServer([raw_call("shell", '{"command": "touch y"}'), call("touch x"), say("Done.")]) as model:
+        solve(world, model)
+    assert "Nothing was run." in told(model, 1)[0]
+    assert changed(world) == ["A\tx"]
+
+
+@pytest.mark.parametrize("code", [408, 409, 429, 500, 503, 529])
+def test_what_may_get_better_is_asked_for_again(code: int) -> None:
+    assert isinstance(model_refusal(code, {}, {}), Unreachable)
+
+
+@pytest.mark.parametrize("code", [301, 400, 401, 402, 403, 404, 413, 422])
+def test_what_will_stay_as_it_is_fails(code: int) -> None:
+    assert isinstance(model_refusal(code, {}, {}), TaskFailed)
+
+
+def test_a_conversation_that_is_too_long_is_known_by_its_words_too() -> None:
+    refused = model_refusal(400, {"error": {"message": "The maximum Context Length is 8192 tokens."}}, {})
+    assert isinstance(refused, TaskFailed)
+    assert refused.advice == "The task takes more than the model can read: ask for less at a time."
+
+
+def test_a_refusal_that_is_no_json_fails_at_once(world: World) -> None:
+    world.open("Touch x.")
+    with ModelServer([not_json(number=404)]) as model:
+        solve(world, model)
+    assert "The model's server answered 404: no message" in failed(world)
+
+
+def test_what_comes_from_the_cache_costs_as_much_as_all_else_unless_it_has_a_price(
+    used: Callable[..., dict[str, str]],
+) -> None:
+    assert used(1, 1_000, 1_000, 0, AGENT_PRICE_INPUT="2")["Cost"] == "0.0020"
+    assert used(1, 1_000, 1_000, 0, AGENT_PRICE_INPUT="2", AGENT_PRICE_CACHED="0")["Cost"] == "0.0000"
+    assert used(1, 1_000, 0, 1_000, AGENT_PRICE_OUTPUT="3")["Cost"] == "0.0030"

@@ -23,6 +23,7 @@ from runner import (
     check_task,
     is_branch_name,
     metadata_comment,
+    name_branch,
     outside_fences,
     parse_task,
     printable,
@@ -519,8 +520,8 @@ def test_any_other_task_id_gets_a_slug_that_stays_the_same(task_id: str) -> None
 @example(".")
 @example("@{")
 def test_every_task_id_makes_a_branch_that_git_takes(task_id: str) -> None:
-    task = dataclasses.replace(parse("Do it."), slug=safe_slug(task_id))
-    assert git_takes(task.branch)
+    assert git_takes(name_branch("agent-task-{task_id}", task_id, 7))
+    assert git_takes(name_branch("{task_id}", task_id, 7))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from runner import (
     MAX_METADATA,
     Result,
     Task,
+    TaskFailed,
     blocks,
     code,
     commit_message,
@@ -399,3 +400,47 @@ def test_metadata_is_plain_ascii_on_one_line() -> None:
     assert comment.isascii()
     assert len(comment.splitlines()) == 1
     assert json.loads(comment[len("<!-- agent_task_metadata ") : -len(" -->")]) == {"task_id": "\u00e9\n\u2028-->"}
+
+
+# --------------------------------------------------------------------------------------------------
+# What is not finished
+
+
+def test_why_it_is_not_finished_is_one_trailer_that_closes_nothing() -> None:
+    failure = TaskFailed("It broke.\x1b[31m\n\nRun: forged\n\nFixes #1, closes acme/dispatch#7. " + "word " * 100)
+    message = commit_message(make_task(), "r1", make_config(), failure)
+    read = trailers(message)
+    assert [line.partition(":")[0] for line in read] == ["Task-Id", "Dispatch-Issue", "Run", "Unfinished"]
+    assert read[3].startswith("Unfinished: It broke. Run: forged Fixes \u200b#1") or "Fixes\u200b #1" in read[3]
+    assert "Fixes #1" not in message
+    assert len(read[3]) <= 230
+
+
+def test_the_warning_is_one_paragraph_that_does_no_harm() -> None:
+    failure = TaskFailed("It broke.\n\n> @octocat\n\n<!-- agent_task_metadata {} -->\n\nFixes #1", output="its output")
+    body = pull_body(make_task(), "main", Result("", " a | 1 +\n", failure=failure), "r1")
+    (line,) = [line for line in body.split("\n") if "Not finished" in line]
+    assert line.startswith("> **Not finished.** It broke. > ")
+    assert "@octocat" not in body
+    assert "Fixes #1" not in body
+    assert body.count("<!-- agent_task_metadata") == 1
+    assert "```text\nits output\n```" in body
+    assert "<details open>" not in body
+
+
+def test_a_blank_summary_is_none() -> None:
+    body = pull_body(make_task(), "main", Result("", " a | 1 +\n", " \n\t", "its output"), "r1")
+    assert "<details open>" in body
+    assert "its output" in body
+
+
+@pytest.mark.parametrize("title", ["", "\x1b[31m", "\u200b\u2060"])
+def test_a_title_that_shows_nothing_is_the_id(title: str) -> None:
+    assert pull_title(make_task(title=title), "feat: {title}") == f"feat: {TASK_ID}"
+
+
+@pytest.mark.parametrize("login", ["", "a b", "a\nRun: forged", "a> <b@c", "[bot]", "\u00e9", "a[bot]x"])
+def test_a_login_that_no_account_has_is_no_co_author(login: str) -> None:
+    task = make_task(author=login, issue={"user": {"login": login, "id": 5}})
+    assert "Co-authored-by" not in commit_message(task, "r1", make_config())
+    assert "Co-authored-by: a-b <5+a-b@" in commit_message(dataclasses.replace(task, author="a-b"), "r1", make_config())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import threading
 
 import pytest
-from conftest import DISPATCH, TARGET, FastClock, World
+from conftest import DISPATCH, TARGET, FastClock, World, wait_until
 from standin import Fault
 from test_task import agent, failed, metadata_of
+from test_workspace import Place, write
 
 PATCHED = "What there is so far is on the runner's machine: `logs/1-1.patch` in its state folder."
 
@@ -77,7 +79,7 @@ def test_a_setup_that_fails_is_told_apart_from_the_agent_and_tried_again(world: 
 
 def test_a_setup_that_takes_too_long_is_ended(world: World) -> None:
     world.open("Do it.")
-    env = {"AGENT_SETUP_COMMAND": "sleep 600", "AGENT_SETUP_TIMEOUT": "1", "AGENT_MAX_ATTEMPTS": "1"}
+    env = {"AGENT_SETUP_COMMAND": "sleep 15", "AGENT_SETUP_TIMEOUT": "1", "AGENT_MAX_ATTEMPTS": "1"}
     world.run_once(AGENT_COMMAND="touch x", **env)
     assert "The setup command ran out of time (1 s)." in failed(world)
 
@@ -151,8 +153,8 @@ def test_checks_that_never_pass_end_the_task(prompt: World) -> None:
 def test_checks_that_take_too_long_fail(prompt: World) -> None:
     prompt.open("Do it.")
     env = {"AGENT_VERIFY_TIMEOUT": "1", "AGENT_VERIFY_ROUNDS": "0"}
-    prompt.run_once(AGENT_COMMAND="touch x", AGENT_VERIFY_COMMAND="sleep 600", **env)
-    assert "`sleep 600` ran out of time (1 s)." in failed(prompt)
+    prompt.run_once(AGENT_COMMAND="touch x", AGENT_VERIFY_COMMAND="sleep 15", **env)
+    assert "`sleep 15` ran out of time (1 s)." in failed(prompt)
 
 
 def test_what_the_checks_change_is_not_published(prompt: World) -> None:
@@ -363,3 +365,138 @@ def test_the_logs_of_all_parts_are_kept(world: World) -> None:
         "1-1.round-2.log": "agent\n",
         "1-1.checks-2.log": "checks\n",
     }
+
+
+# -- What nothing else would notice -------------------------------------------------------------------
+
+QUIET = "trap 'exit 0' TERM; sleep 600 & wait"  # ends well, and too late
+
+
+def test_a_setup_that_ends_well_but_too_late_has_failed(world: World) -> None:
+    world.open("Do it.")
+    env = {"AGENT_SETUP_COMMAND": QUIET, "AGENT_SETUP_TIMEOUT": "1", "AGENT_MAX_ATTEMPTS": "1"}
+    world.run_once(AGENT_COMMAND="touch x", **env)
+    assert "The setup command ran out of time (1 s)." in failed(world)
+
+
+def test_checks_that_end_well_but_too_late_have_failed(prompt: World) -> None:
+    prompt.open("Do it.")
+    env = {"AGENT_VERIFY_TIMEOUT": "1", "AGENT_VERIFY_ROUNDS": "0"}
+    prompt.run_once(AGENT_COMMAND="touch x", AGENT_VERIFY_COMMAND=QUIET, **env)
+    assert "ran out of time (1 s)." in failed(prompt)
+
+
+def test_the_time_of_setup_and_checks_is_not_the_agents(prompt: World) -> None:
+    prompt.open("Do it.")
+    checks = "sleep 4; grep -q good state.txt"
+    env = {"AGENT_SETUP_COMMAND": "sleep 4", "AGENT_VERIFY_COMMAND": checks, "AGENT_TASK_TIMEOUT": "3"}
+    prompt.run_once(AGENT_COMMAND=agent(prompt.home, MENDS), **env)
+    assert "passed, round 2 |" in prompt.pull_body()
+
+
+def test_the_agent_is_not_told_all_that_long_checks_say(prompt: World) -> None:
+    prompt.open("Do it.")
+    command = 'wc -c >> sizes; test "$(wc -l < sizes)" -lt 3'
+    checks = "echo begin; yes | head -c 60000; echo end; test $(wc -l < sizes) = 2"
+    prompt.run_once(AGENT_COMMAND=command, AGENT_SHELL="yes", AGENT_VERIFY_COMMAND=checks)
+    first, second = map(int, show(prompt, "sizes").split())
+    assert first < 100
+    assert 16_000 < second < 17_000
+
+
+def test_what_the_setup_leaves_is_left_out_only_where_it_lies(world: World) -> None:
+    world.open("Do it.")
+    world.run_once(AGENT_SETUP_COMMAND="touch made", AGENT_COMMAND="touch src/made")
+    assert changed(world) == ["A\tsrc/made"]
+
+
+def test_what_the_setup_leaves_and_git_ignores_is_not_told_as_the_agents(world: World) -> None:
+    world.github.commit(TARGET, {".gitignore": "build/\n"})
+    world.open("Do it.")
+    world.run_once(AGENT_SETUP_COMMAND="mkdir build; touch build/x", AGENT_COMMAND="true")
+    assert "The agent changed nothing." in failed(world)
+    assert "build" not in failed(world)
+
+
+def test_an_agent_that_fails_in_its_second_round_leaves_a_draft(prompt: World) -> None:
+    prompt.open("Do it.")
+    command = 'echo x >> x; test "$(wc -l < x)" = 1 || exit 3'
+    env = {"AGENT_SHELL": "yes", "AGENT_VERIFY_COMMAND": "false", "AGENT_DRAFT_ON_FAILURE": "yes"}
+    prompt.run_once(AGENT_COMMAND=command, **env)
+    drafted(prompt, "The agent ended with exit status 3.")
+    assert show(prompt, "x") == "x\nx"
+
+
+# -- What others than the agent have written ----------------------------------------------------------
+
+NAMES = ["a\nb", " lead", "trail ", "back\\", "tab\t", 'q"uote', "nb\u00a0sp", "cr\r", "#x", "!y", "*", "[z]"]
+NAMES += [":(top)x", "-rf", "\udcff.bin", "new\\\nline"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_what_the_setup_leaves_may_have_any_name(world: World, name: str) -> None:
+    place = Place(world)
+    for path in (place.path / name, place.path / "src" / name / "x"):
+        write(path, "x")
+    place.checkout.settle()
+    write(place.path / "src/mine", "x")
+    assert place.changed() == ["A src/mine"]
+
+
+def test_what_the_setup_leaves_is_left_out_also_where_gitignore_wants_it(world: World) -> None:
+    world.github.commit(TARGET, {".gitignore": "/*\n!/src\n!/lib\n!.gitignore\n"})
+    world.open("Do it.")
+    setup = "mkdir lib; touch lib/made; git init -q lib/vendored; mkfifo lib/pipe"
+    world.run_once(AGENT_SETUP_COMMAND=setup, AGENT_COMMAND="touch src/x")
+    assert changed(world) == ["A\tsrc/x"]
+
+
+@pytest.mark.parametrize("harm", ["echo noise >> README.md; echo noise >> rounds.txt", "rm -f README.md other.txt"])
+def test_what_checks_that_failed_have_changed_is_not_published_either(prompt: World, harm: str) -> None:
+    prompt.open("Do it.")
+    first = 'if "The checks failed" not in told: open("other.txt", "w").write("mine")'
+    command = agent(prompt.home, f"{MENDS}    {first}\n")
+    prompt.run_once(AGENT_COMMAND=command, AGENT_VERIFY_COMMAND=f"grep -q good state.txt && exit; {harm}; false")
+    assert changed(prompt) == ["A\tother.txt", "A\trounds.txt", "A\tstate.txt"]
+    assert show(prompt, "other.txt") == "mine"
+
+
+def test_an_agent_that_ends_well_without_a_change_leaves_no_draft(world: World) -> None:
+    world.open("Do it.")
+    world.run_once(AGENT_COMMAND="true", AGENT_DRAFT_ON_FAILURE="yes")
+    assert "The agent changed nothing." in failed(world)
+    assert not world.github.pulls(TARGET)
+
+
+def test_a_patch_keeps_bytes_that_are_no_utf_8(world: World) -> None:
+    world.open("Do it.")
+    runner = world.run_once(AGENT_COMMAND="printf 'gr\\374n\\n' > x; exit 3", AGENT_SHELL="yes")
+    assert b"+gr\xfcn\n" in (runner.config.state_dir / "logs" / "1-1.patch").read_bytes()
+
+
+def test_setup_and_checks_run_in_bash(world: World) -> None:
+    world.open("Do it.")
+    world.run_once(AGENT_SETUP_COMMAND="[[ a == a ]]", AGENT_VERIFY_COMMAND='test -n "$BASH"', AGENT_COMMAND="touch x")
+    assert "passed, round 1 |" in world.pull_body()
+
+
+def test_all_rounds_share_the_agents_time(prompt: World) -> None:
+    prompt.open("Do it.")
+    env = {"AGENT_TASK_TIMEOUT": "5", "AGENT_VERIFY_ROUNDS": "9"}
+    prompt.run_once(AGENT_COMMAND="echo >> x; sleep 2", AGENT_SHELL="yes", AGENT_VERIFY_COMMAND="false", **env)
+    assert "The agent ran out of time (5 s)." in failed(prompt)
+
+
+@pytest.mark.parametrize("part", ["AGENT_SETUP_COMMAND", "AGENT_VERIFY_COMMAND"])
+def test_what_setup_and_checks_print_can_be_seen_meanwhile(world: World, part: str) -> None:
+    world.open("Do it.")
+    runner = world.runner(
+        None, AGENT_COMMAND="touch x", **{part: 'echo almost; while ! test -e "$HOME/go"; do sleep 0.1; done'}
+    )
+    thread = threading.Thread(target=runner.run_once)
+    thread.start()
+    try:
+        wait_until(lambda: any(attempt.last_line == "almost" for attempt in runner.at_work()[0]))
+    finally:
+        (world.home / "go").touch()
+        thread.join(60)
