@@ -8,6 +8,8 @@
 # make docker  try the image and the compose file on a Docker engine; PARTS="demo replicas" takes some of it
 # make soak    run 2,000 small tasks in one runner and see what grows; TASKS=200 runs fewer
 # make wake    measure how long it takes from a webhook to a claim
+# make bench   measure what a task costs, in a quarter of an hour, and write bench/results.md
+# make bench-smoke  the same in little; it fails on counts, never on times
 # make release-check  say whether the tree is ready to be released, and what is missing
 # make clean   remove what these made
 #
@@ -19,7 +21,7 @@ TASKS := 2000
 AGENTS :=
 PARTS :=
 
-.PHONY: demo test race browser agents docker lint audit soak wake release-check clean
+.PHONY: demo test race browser agents docker lint audit soak wake bench bench-smoke release-check clean
 
 demo: .venv/runtime
 	$(BIN)/python tests/demo.py
@@ -58,11 +60,17 @@ soak: .venv/development
 wake: .venv/development
 	PYTHONPATH=tests $(BIN)/python bench/wake.py
 
+bench: .venv/development
+	PYTHONPATH=.:tests $(BIN)/python bench/bench.py
+
+bench-smoke: .venv/development
+	PYTHONPATH=.:tests $(BIN)/python bench/bench.py --smoke
+
 release-check: | .venv/bin/python
 	$(BIN)/python .ci/release_check.py
 
 clean:
-	rm -rf .venv .agents .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__
+	rm -rf .venv .agents .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* __pycache__ tests/__pycache__ bench/__pycache__
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.12")'

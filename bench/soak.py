@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -83,9 +83,10 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def standing_in(folder: Path) -> Iterator[StandIn]:
-    """The stand-in with its two repositories, and no limit on requests."""
-    with StandIn(folder / "github", check=check_request, graphql=answer_query) as github:
+def standing_in(folder: Path, strict: bool = True, now: Callable[[], float] = time.time) -> Iterator[StandIn]:
+    """The stand-in with its two repositories, and no limit on requests. It is quicker if it is not strict."""
+    check = check_request if strict else None
+    with StandIn(folder / "github", check=check, graphql=answer_query, now=now) as github:
         github.rate_limit = github.rate_remaining = 10**9
         github.add_repository(DISPATCH)
         github.add_repository(TARGET)
@@ -93,12 +94,13 @@ def standing_in(folder: Path) -> Iterator[StandIn]:
 
 
 @contextlib.contextmanager
-def running(github: StandIn, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(github: StandIn, folder: Path, agent_code: str = AGENT, **more: str) -> Iterator[subprocess.Popen[bytes]]:
     """The runner as a process of its own, all of whose files are below `runner`; killed in the end if need be."""
     home, agent = folder / "runner", folder / "agent.sh"
-    (home / "tmp").mkdir(parents=True)
-    agent.write_text(AGENT)
-    agent.chmod(0o755)
+    (home / "tmp").mkdir(parents=True, exist_ok=True)
+    if not agent.exists():  # one that is there may be running
+        agent.write_text(agent_code)
+        agent.chmod(0o755)
     env = github.settings(DISPATCH, TARGET, home / "state") | {
         "AGENT_COMMAND": str(agent),
         "AGENT_MAX_CONCURRENT": "4",
@@ -106,8 +108,9 @@ def running(github: StandIn, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         "AGENT_WRITE_INTERVAL": "0",
         "AGENT_ALLOW_ROOT": "yes",
         "TMPDIR": str(home / "tmp"),
+        **more,
     }
-    with (folder / "log").open("wb") as log:
+    with (folder / "log").open("ab") as log:
         command = [sys.executable, str(RUNNER)]
         runner = subprocess.Popen(command, env=env, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
@@ -126,10 +129,10 @@ class Soak:
         self.problems: list[str] = []
         self.spent = 0.0  # seconds with tasks since the last sample
 
-    def work(self, tasks: int) -> None:
-        """All batches; ends early if one does not come to an end."""
+    def work(self, tasks: int, batches: int = 10) -> None:
+        """All batches, so many at least; ends early if one does not come to an end."""
         print("  ".join(HEADINGS))
-        batch, done, sampled = min(BATCH, tasks // 10), 0, 0
+        batch, done, sampled = min(BATCH, tasks // batches), 0, 0
         while done < tasks:
             size = min(batch, tasks - done)
             if not (self._run_batch(range(done + 1, done + size + 1)) and self._rest()):
