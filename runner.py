@@ -2527,7 +2527,7 @@ class Checkout:
         who = {"NAME": config.commit_name, "EMAIL": config.commit_email}
         env = {f"GIT_{role}_{key}": who[key] for role in ("AUTHOR", "COMMITTER") for key in who}
         parent = ("-p", self.workspace.commit, "-F", "-")
-        return self.run("commit-tree", tree, *parent, stdin=message.encode(), env=env).strip()
+        return self.run("commit-tree", tree, *parent, stdin=encodable(message).encode(), env=env).strip()
 
     def patch(self, tree: str) -> str:
         """What was taken, as a patch."""
@@ -3126,7 +3126,18 @@ def run_setup(work: Work) -> None:
     if done.code or done.late:
         advice = "The agent was not started. The runner's owner should look at AGENT_SETUP_COMMAND."
         raise TaskRetry(f"The setup command {how_ended(done, config.setup_timeout)}.", advice, done.out)
-    work.checkout.settle()
+    with readable_after("setup command"):
+        work.checkout.settle()
+
+
+@contextlib.contextmanager
+def readable_after(what: str) -> Iterator[None]:
+    """Raises TaskFailed if a script has left a workspace that git cannot read."""
+    try:
+        yield
+    except (GitFailed, OSError) as failure:
+        why = f"The {what} left a workspace that git cannot read."
+        raise TaskFailed(why, output=getattr(failure, "output", "") or str(failure)) from None
 
 
 def nothing_changed(work: Work, output: str) -> TaskFailed:
@@ -3143,12 +3154,13 @@ def failed_checks(work: Work, tree: str) -> TaskFailed | None:
     work.checkout.hold(tree)
     config, known = work.config, work.checkout.new_files()
     done = run_script(work, config.verify_command, config.verify_timeout, work.log_file)
-    work.checkout.pass_over(known)
     work.used["checks"] += 1
     if not done.code and not done.late:
         work.used["passed"] = 1
         return None
-    work.checkout.restore()
+    with readable_after("checks"):
+        work.checkout.pass_over(known)
+        work.checkout.restore()
     advice = "The end of their output is below. Ask for less at a time, or say more precisely what is wanted."
     return TaskFailed(
         f"The checks failed: {code(config.verify_command)} {how_ended(done, config.verify_timeout)}.", advice, done.out

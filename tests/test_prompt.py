@@ -218,3 +218,25 @@ def test_a_variable_for_a_named_agent_is_known() -> None:
     assert list(config.unknown()) == [
         "AGENT_COMMANDS is set, but the runner knows no such variable; did you mean AGENT_COMMAND?"
     ]
+
+
+@pytest.mark.parametrize("label", ["agent:second", "Agent:Second", "AGENT: second "])
+def test_a_label_may_be_written_large(label: str) -> None:
+    task = parse_task(
+        issue_json(labels=[{"name": "copilot-agent"}, {"name": label}]), routed(AGENT_COMMAND_SECOND="true")
+    )
+    assert task.agent == "second"
+
+
+def test_what_the_instruction_says_already_is_not_told_twice() -> None:
+    template = "{instruction}\nAbout: {context}"
+    told = f"Target: issue `{TARGET}#42`\n\n## Instructions\n\nMend "
+    assert "About:" in prompt_of(f"{told}it.", template)
+    assert "About:" not in prompt_of(f"{told}issue {TARGET}#42.", template)
+    assert "About:" not in prompt_of(f"{told}issue `{TARGET}#42`.", template)
+
+
+def test_a_prompt_without_the_instruction_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "told.md").write_text("{title} {{instruction}}")
+    with pytest.raises(ConfigError, match=r"AGENT_PROMPT_FILE must hold \{instruction\}"):
+        make_config({"AGENT_PROMPT_FILE": str(tmp_path / "told.md")})
