@@ -56,7 +56,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import Field, dataclass, field, fields, replace
@@ -2421,6 +2421,7 @@ class Checkout:
         self._settled: dict[str, str] = {}  # files of the commit that were changed before the agent began: their blobs
         self._leftovers = frozenset[str]()  # what was left out already then
         self._passed: set[str] = set()  # new files and folders that are not the agent's
+        self._untouched: list[str] = []  # the objects of what is there and was not taken: `restore` may need them
         self._taken, self._pack = (b"", 0), ""  # the index of what was taken, with its time, and the objects
 
     def fill(self, branch: str) -> None:
@@ -2487,15 +2488,19 @@ class Checkout:
             self._refuse_odd_files({path: why for path, why in self._odd_files().items() if self._counts(path[2:])})
             self._refuse_what_is_too_much(config)
             # https://git-scm.com/docs/gitglossary#Documentation/gitglossary.txt-pathspec
-            paths = "\0".join([".", *(f":(exclude,literal){path}" for path in sorted(self._passed))])
+            passed = {f"./{path}" for path in self._passed}  # git adds nothing if it is told of what is ignored anyway
+            paths = "\0".join(
+                [".", *(f":(exclude,literal){path[2:]}" for path in sorted(passed - self._ignored(passed)))]
+            )
             paths_in = ("--pathspec-from-file=-", "--pathspec-file-nul")
             self.run("add", "--all", *paths_in, stdin=paths.encode("utf-8", "surrogateescape"))
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
         index = self.git_dir / "index"
         self._taken = index.read_bytes(), index.stat().st_mtime_ns
-        changes = self._changes()
+        changes, self._untouched = self._changes(), []
         if same := [path for path, row in changes.items() if self._settled.get(path) == row[3]]:
+            self._untouched = [blob for path in same if (blob := changes[path][3]).strip("0")]
             rows = "".join(f"{changes[path][0]} {changes[path][2]}\t{path}\0" for path in same)
             self.run("update-index", "-z", "--index-info", stdin=rows.encode("utf-8", "surrogateescape"))
             changes = self._changes()
@@ -2507,7 +2512,7 @@ class Checkout:
 
     def hold(self, tree: str) -> None:
         """Keeps what was taken in memory, where nothing that runs until it is published can change it."""
-        objects = f"{tree}\n^{self.workspace.commit}\n".encode()
+        objects = "\n".join([tree, *self._untouched, f"^{self.workspace.commit}", ""]).encode()
         self._pack = self.run("pack-objects", "--revs", "--stdout", "-q", stdin=objects)
 
     def _give_back(self) -> None:
@@ -2547,12 +2552,16 @@ class Checkout:
                 odd[entry.path] = "is a pipe, a socket or a device, which cannot be committed"
         return {f"./{os.path.relpath(path, tree)}": what for path, what in odd.items()}  # a name may begin with `:`
 
+    def _ignored(self, paths: Collection[str]) -> set[str]:
+        """Those of the paths, which begin with `./`, that git ignores."""
+        names = "\0".join(paths).encode("utf-8", "surrogateescape")
+        with contextlib.suppress(GitFailed):  # status 1: none of them
+            return set(self.run("check-ignore", "-z", "--stdin", stdin=names).split("\0")) if paths else set()
+        return set()
+
     def _refuse_odd_files(self, found: Mapping[str, str]) -> None:
         """What is ignored does not matter."""
-        names, ignored = "\0".join(found).encode("utf-8", "surrogateescape"), set[str]()
-        if found:
-            with contextlib.suppress(GitFailed):  # status 1: none of them
-                ignored = set(self.run("check-ignore", "-z", "--stdin", stdin=names).split("\0"))
+        ignored = self._ignored(found)
         if refused := [path for path in found if path not in ignored]:
             raise Refused(f"{code(refused[0][2:])} {found[refused[0]]}.")
 
@@ -3573,8 +3582,11 @@ class Model:
             raise Unreachable(f"no answer from the model's server: {root_cause(error)}") from error
         data = None
         with contextlib.suppress(ValueError, RecursionError):
-            # Without half characters, which no server takes back.
-            data = json.loads(json.dumps(response.json(), ensure_ascii=False).encode("utf-8", "replace"))
+            # Without half characters and NaN, which no server takes back.
+            data = json.loads(
+                json.dumps(response.json(), ensure_ascii=False).encode("utf-8", "replace"),
+                parse_constant=lambda _: None,
+            )
         log.debug("POST %s -> %d", url, response.status_code)
         if response.status_code >= 300:
             raise model_refusal(response.status_code, data, response.headers)
@@ -3628,7 +3640,7 @@ def converse(work: Work, model: Model, transcript: Output) -> str:
             messages.append({"role": "tool", "tool_call_id": id_, "content": answer})
         lack = what_lacks(reply, work.used["calls"])
         if not reply.calls and (not lack or lack in nudged):
-            return work.config.masked(re.sub(r"\A\s*<think>[\s\S]*?</think>\s*", "", reply.text))
+            return work.config.masked(re.sub(r"\A\s*<think>[\s\S]*?</think>\s*", "", reply.text)[:MAX_BODY])
         if lack:
             messages.append({"role": "user", "content": NUDGES[lack]})
             nudged |= {lack} - {"length"}

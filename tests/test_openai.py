@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -786,3 +787,21 @@ def test_what_comes_from_the_cache_costs_as_much_as_all_else_unless_it_has_a_pri
     assert used(1, 1_000, 1_000, 0, AGENT_PRICE_INPUT="2")["Cost"] == "0.0020"
     assert used(1, 1_000, 1_000, 0, AGENT_PRICE_INPUT="2", AGENT_PRICE_CACHED="0")["Cost"] == "0.0000"
     assert used(1, 1_000, 0, 1_000, AGENT_PRICE_OUTPUT="3")["Cost"] == "0.0030"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_does_not_know_goes_not_back_to_the_server(world: World, number: str) -> None:
+    """Even where it only stands beside a call."""
+    world.open("Touch x.")
+    data = call("touch x").render("standin-model")
+    data["choices"][0]["message"]["tool_calls"][0]["extra_content"] = "NUMBER"
+    with ModelServer([raw(json.dumps(data).replace('"NUMBER"', f'{{"x": {number}}}')), say("Done.")]) as model:
+        world.runner(FastClock(), **model.env()).run_once()
+    assert len(model.requests) == 2
+
+
+def test_very_many_calls_are_read_in_no_time() -> None:
+    calls = [{"id": f"c{n}", "function": {"name": "bash", "arguments": "{}"}} for n in range(50_000)]
+    begun = time.process_time()
+    read_reply({"choices": [{"message": {"content": None, "tool_calls": calls}}]})
+    assert time.process_time() - begun < 10

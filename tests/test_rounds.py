@@ -500,3 +500,53 @@ def test_what_setup_and_checks_print_can_be_seen_meanwhile(world: World, part: s
     finally:
         (world.home / "go").touch()
         thread.join(60)
+
+
+@pytest.mark.parametrize("harm", ["cd ..; mv tree old; ln -s old tree", "mkfifo .gitignore"])
+def test_what_checks_that_passed_leave_does_not_matter(world: World, harm: str) -> None:
+    world.open("Do it.")
+    world.run_once(AGENT_COMMAND="touch x", AGENT_VERIFY_COMMAND=harm, AGENT_SANDBOX="off")
+    assert changed(world) == ["A\tx"]
+
+
+def test_what_the_setup_leaves_may_be_odd_and_ignored(world: World) -> None:
+    world.github.commit(TARGET, {".gitignore": "deps/\n"})
+    world.open("Do it.")
+    world.run_once(AGENT_SETUP_COMMAND="git init -q deps/vendored; mkfifo deps/pipe", AGENT_COMMAND="touch x")
+    assert changed(world) == ["A\tx"]
+
+
+def test_the_agent_may_have_git_ignore_what_the_setup_made(world: World) -> None:
+    world.open("Do it.")
+    command = "echo deps/ > .gitignore"
+    world.run_once(AGENT_SETUP_COMMAND="mkdir deps; touch deps/x", AGENT_COMMAND=command, AGENT_SHELL="yes")
+    assert changed(world) == ["A\t.gitignore"]
+
+
+def test_setup_and_checks_may_change_the_same_file(prompt: World) -> None:
+    prompt.github.commit(TARGET, {"lock.txt": "one\n"})
+    prompt.open("Do it.")
+    checks = 'cat lock.txt >> "$HOME/locks"; echo three > lock.txt; grep -q good state.txt'
+    env = {"AGENT_SETUP_COMMAND": "echo two > lock.txt", "AGENT_VERIFY_COMMAND": checks}
+    prompt.run_once(AGENT_COMMAND=agent(prompt.home, MENDS), **env)
+    assert changed(prompt) == ["A\trounds.txt", "A\tstate.txt"]
+    assert (prompt.home / "locks").read_text() == "two\ntwo\n"
+
+
+def test_checks_that_delete_the_workspace_are_no_fault_of_the_runner(world: World) -> None:
+    world.open("Do it.")
+    checks = 'cd /; rm -rf "$OLDPWD"; false'
+    world.run_once(AGENT_COMMAND="touch x", AGENT_VERIFY_COMMAND=checks, AGENT_SANDBOX="off")
+    assert "The runner met a fault" not in failed(world)
+
+
+def test_a_folder_that_checks_replaced_by_a_link_is_put_back_in_its_place(prompt: World) -> None:
+    outside = prompt.home / "outside"
+    outside.mkdir()
+    prompt.open("Do it.")
+    makes = 'os.makedirs("d", exist_ok=True); open("d/f", "w").write("x")'
+    harm = f"rm -rf d src; ln -s {outside} d; ln -s {outside} src; false"
+    command = agent(prompt.home, f"{MENDS}    {makes}\n")
+    prompt.run_once(AGENT_COMMAND=command, AGENT_VERIFY_COMMAND=f"grep -q good state.txt && exit; {harm}")
+    assert changed(prompt) == ["A\td/f", "A\trounds.txt", "A\tstate.txt"]
+    assert not [*outside.iterdir()]
