@@ -101,10 +101,6 @@ RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
 GIT_TIMEOUT = 1800
 CLAIM_TIMEOUT = 30  # seconds for git to read or move a claim
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # in every git repository
-KILL_GRACE = 5
-SUPERVISOR_GRACE = KILL_GRACE + 15  # seconds for the supervisor to end an agent and all that it started
-OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
-LOG_KEPT = 4 * 1024**2  # bytes of it that go to a file
 LOGS_KEPT = 50
 NOWHERE = Path(os.devnull)
 OWN_SECRETS = ("GITHUB_TOKEN", "GITHUB_APP_PRIVATE_KEY", "GITHUB_WEBHOOK_SECRET")  # what their variables begin with
@@ -112,10 +108,9 @@ MODEL_KEY = "OPENAI_API_KEY"
 FRESH_TOKEN, FRESH_TOKEN_PAUSE = 30, 2  # seconds for which an App's token may not be known everywhere at GitHub
 TOKENS_KEPT = 30  # that are masked; an App has a new one for each repository and hour
 OUTPUT_LINES = 50  # lines of it that are shown
-LIVE_KEPT = 8 * 1024  # bytes of its end that can be seen while the agent runs
 _ABOUT = ("ID", "FILE", "TITLE", "ISSUE", "ATTEMPT", "BASE")
 AGENT_SIDE = [*(f"AGENT_TASK_{name}" for name in _ABOUT), "AGENT_SUMMARY_FILE"]  # the agent's own variables
-PROGRAM = [sys.executable, str(Path(__file__).absolute())]  # itself, once more: to supervise, or to serve a plug-in
+PROGRAM = [sys.executable, str(Path(__file__).absolute())]  # itself, once more: to serve a plug-in
 PLUGIN_CODES = {"done": 0, "failed": 70, "retry": 75}  # exit codes, as in sysexits.h
 BASH_TIMEOUT = 600.0  # seconds for one command of a model
 TOLD_OF_OUTPUT = 16_000  # characters of a command's output that a model, or an agent, is told
@@ -1946,7 +1941,26 @@ class Queue:
         return pages, at, changed
 
 
-# -- Processes: the only place that starts one. ----------------------------------------------------
+# -- The supervisor: what stands between the runner and an agent. ----------------------------------
+#
+# The agent may do whatever an issue talks it into. So it is started by a process of its own: without
+# secrets, it puts up the walls, looks after limits and output, and ends when everything that the
+# agent started has ended. It dies with the runner, and the agent with it. Of this file it knows only
+# this part, and of Python only what SUPERVISOR imports: all of them would cost each agent 0.3 seconds
+# and 40 MB.
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every machine
+# Rights to files by the version that brought them: https://docs.kernel.org/userspace-api/landlock.html
+LANDLOCK_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15, 9: 1 << 16}
+LANDLOCK_READ, LANDLOCK_LIST, LANDLOCK_OF_FILES = 1 << 0 | 1 << 2, 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 7 << 14
+LANDLOCK_SCOPES = 1 << 0 | 1 << 1  # abstract sockets, signals; since version 6
+DEVICES = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "shm")]
+SPARE_PROCESSES = 1024
+KILL_GRACE = 5  # seconds
+OUTPUT_KEPT = 64 * 1024  # bytes of an agent's output
+LOG_KEPT = 4 * 1024**2  # bytes of it that go to a file
+LIVE_KEPT = 8 * 1024  # bytes of its end that can be seen while the agent runs
 
 
 class Finished(NamedTuple):
@@ -1957,6 +1971,321 @@ class Finished(NamedTuple):
     err: str
     late: str
 
+
+class Order(NamedTuple):
+    """What a supervisor is to run, and within which walls: `write` and `read` are granted below what is in `hide`.
+    Seconds and bytes; 0 is no limit."""
+
+    command: Sequence[str]
+    cwd: str
+    env: Mapping[str, str]
+    stdin: str
+    log: str
+    timeout: float
+    stall: float
+    disk: int
+    memory: int
+    landlock: bool
+    write: Sequence[str]
+    read: Sequence[str]
+    hide: Sequence[str]
+
+
+def kernel(call: Callable[..., int], *arguments: int | bytes | None) -> int:
+    """A call of the system's C library; raises OSError."""
+    words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
+    if (result := call(*words)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def set_process(option: int, value: int) -> bool:
+    """Sets an attribute of this process, if this is Linux: https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    with contextlib.suppress(AttributeError, OSError):
+        return kernel(libc().prctl, option, value, 0, 0, 0) == 0
+    return False
+
+
+def landlock_version() -> int:
+    """Which Landlock the running kernel has: 0 is none."""
+    with contextlib.suppress(AttributeError, OSError):
+        return kernel(libc().syscall, LANDLOCK_CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else 0
+    return 0
+
+
+def visible(top: str, hidden: Collection[str]) -> Iterator[str]:
+    """What covers a folder less what is hidden in it: rules can only grant, and grant all that is below."""
+    if top in hidden:
+        return
+    if not any(path.startswith(f"{top.rstrip('/')}/") for path in hidden):
+        yield top
+        return
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(top):
+            if not entry.is_symlink():
+                yield from visible(entry.path, hidden)
+
+
+def landlock_rules(order: Order) -> int:
+    """The rules for an agent, as a file: https://man7.org/linux/man-pages/man7/landlock.7.html"""
+    version, call = landlock_version(), libc().syscall
+    rights = sum(right for since, right in LANDLOCK_RIGHTS.items() if since <= version)
+    handled = struct.pack("=QQQ", rights, 0, LANDLOCK_SCOPES if version >= 6 else 0)
+    handled = handled[: 8 if version < 4 else 16 if version < 6 else 24]
+    rules = kernel(call, LANDLOCK_CREATE_RULESET, handled, len(handled), 0)
+
+    def grant(path: str, what: int) -> None:
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            what &= rights if stat.S_ISDIR(os.fstat(file).st_mode) else rights & LANDLOCK_OF_FILES
+            kernel(call, LANDLOCK_ADD_RULE, rules, 1, struct.pack("=Qi", what, file), 0)
+            os.close(file)
+
+    grant("/", LANDLOCK_LIST)  # names are no secret, and programs look for their modules in lists
+    for path in (*visible("/", order.hide), *order.read):
+        grant(path, LANDLOCK_READ | LANDLOCK_LIST)
+    for name in (*order.write, *DEVICES):
+        grant(name, rights)
+    return rules
+
+
+def set_limit(which: int, value: int) -> None:
+    """Sets a limit of this process and its children; never above what it has."""
+    hard = resource.getrlimit(which)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
+
+
+def process_limit() -> int:
+    """How many processes may be, all of this user's: the kernel also counts those in other containers, which nothing
+    here can list. So it is tried how many are too few."""
+    limit = SPARE_PROCESSES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    for _ in range(10):
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        with contextlib.suppress(BlockingIOError):
+            if not (child := os.fork()):
+                os._exit(0)
+            os.waitpid(child, 0)
+            break
+        limit *= 2
+    resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+    return limit * 2
+
+
+def confine(order: Order, rules: int, processes: int) -> None:
+    """Puts up the walls around this process, just before it becomes the agent."""
+    set_process(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(5)
+    set_process(PR_SET_DUMPABLE, 1)  # what is not cannot write to its own /proc
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if memory runs out, this goes first
+    set_limit(resource.RLIMIT_CORE, 0)
+    set_limit(resource.RLIMIT_FSIZE, order.disk)
+    set_limit(resource.RLIMIT_NPROC, processes)
+    if order.memory:  # not the address space, of which some programs reserve far more than they use
+        set_limit(resource.RLIMIT_DATA, order.memory)
+    set_process(PR_SET_NO_NEW_PRIVS, 1)
+    if rules >= 0:
+        kernel(libc().syscall, LANDLOCK_RESTRICT_SELF, rules, 0)
+
+
+def process_table() -> dict[int, tuple[int, int]]:
+    """The parent and the session of each process, where the system tells them as Linux does.
+    https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
+    table = {}
+    for pid in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:  # it has ended meanwhile
+            _, parent, _, session = file.read().rpartition(b") ")[2].split()[:4]
+            table[int(pid)] = int(parent), int(session)
+    return table
+
+
+def descendants(table: Mapping[int, tuple[int, int]], tops: set[int]) -> set[int]:
+    """These processes, and all that come from them."""
+    children: dict[int, list[int]] = {}
+    for pid, (parent, _) in table.items():
+        children.setdefault(parent, []).append(pid)
+    found, rest = set(tops), list(tops)
+    while rest:
+        new = [pid for pid in children.get(rest.pop(), ()) if pid not in found]
+        found.update(new)
+        rest += new
+    return found
+
+
+def below() -> set[int]:
+    """All processes that come from this one."""
+    me = os.getpid()
+    return descendants(process_table(), {me}) - {me}
+
+
+def end_processes(find: Callable[[], set[int]], rounds: int = 1000) -> set[int]:
+    """Ends the processes that `find` finds until it finds none. All are stopped before the first is killed: so what
+    forks faster than it is killed comes to rest. Those that are left hang in the kernel; they die before they can go
+    on."""
+    stopped: set[int] = set()
+    for _ in range(rounds):
+        if not (found := find()):
+            break
+        new = found - stopped
+        stopped |= new
+        for pid in new or found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGSTOP if new else signal.SIGKILL)
+        for pid in found:
+            with contextlib.suppress(ChildProcessError):  # not a child yet
+                os.waitpid(pid, os.WNOHANG)
+        if not new:
+            threading.Event().wait(0.01)
+    return found
+
+
+def watch(process: subprocess.Popen[bytes], files: Collection[int], seconds: float) -> set[int]:
+    """Waits until one of these files can be read, a child has ended, or the time is over; which of the files it is.
+    `Popen.wait` sees an end up to 50 ms late. https://man7.org/linux/man-pages/man2/pidfd_open.2.html"""
+    wait, ends = select.poll(), list[int]()
+    with contextlib.suppress(AttributeError, OSError):
+        ends.append(os.pidfd_open(process.pid))
+    for file in (*files, *ends):
+        wait.register(file, select.POLLIN)
+    try:
+        ready = wait.poll(seconds * 1000 if ends else 10)
+    finally:
+        for end in ends:
+            os.close(end)
+    return {file for file, _ in ready} - {*ends}
+
+
+class Output:
+    """What an agent prints: the beginning in a file, the end in memory."""
+
+    def __init__(self, log_file: str) -> None:
+        self._file = open(log_file, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+        self.size, self.tail = 0, b""
+
+    def add(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-OUTPUT_KEPT:]
+        with contextlib.suppress(OSError):  # the disk may be full
+            self._file.write(data[: max(0, LOG_KEPT - self.size)])
+            if self.size + len(data) > LOG_KEPT:  # for who wants to see how it goes; written over by what comes next
+                self._file.seek(LOG_KEPT)
+                self._file.write(b"\n" + self.tail[-LIVE_KEPT:])
+            self._file.flush()
+        self.size += len(data)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.size > LOG_KEPT:
+                self._file.seek(LOG_KEPT)
+                missing = max(0, self.size - LOG_KEPT - len(self.tail))
+                self._file.write(b"\n[... %d bytes left out ...]\n" % missing if missing else b"")
+                self._file.write(self.tail[max(0, LOG_KEPT - self.size + len(self.tail)) :])
+                self._file.truncate()
+            self._file.close()
+
+
+class Supervisor:
+    """Runs one agent, which reads the file `feed`. The runner holds the other end of the pipe `lifeline`: so a runner
+    that dies lets go of it."""
+
+    def __init__(self, order: Order, lifeline: int, feed: int) -> None:
+        self._order, self._lifeline, self._feed = order, lifeline, feed
+        self._output = Output(order.log)
+        self._free = {path: free_bytes(path) for path in order.write}
+        self._begun = self._heard = time.monotonic()
+        self._stopped = False
+
+    def run(self) -> Finished:
+        """Runs the agent, and ends all that it started. `err` says why it did not start."""
+        set_process(PR_SET_CHILD_SUBREAPER, 1)
+        set_process(PR_SET_DUMPABLE, 0)
+        signal.signal(signal.SIGTERM, self._stop)
+        order, (reader, writer) = self._order, os.pipe()
+        processes, rules = process_limit(), landlock_rules(order) if order.landlock else -1
+        try:
+            agent = subprocess.Popen(
+                order.command, cwd=order.cwd, env=order.env, stdin=self._feed, stdout=writer, stderr=writer,
+                start_new_session=True, preexec_fn=functools.partial(confine, order, rules, processes)
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            return Finished(127, "", getattr(error, "strerror", "") or str(error), "")
+        os.close(writer)
+        late = self._watch(agent, reader)
+        if agent.poll() is None:
+            agent.kill()
+            agent.wait()
+        end_processes(below)  # what is left comes to the runner, which tries it again
+        os.set_blocking(reader, False)
+        with contextlib.suppress(BlockingIOError):
+            while self._read(reader):
+                pass
+        self._output.close()
+        return Finished(agent.returncode, self._output.tail.decode("utf-8", "replace"), "", late)
+
+    def _watch(self, agent: subprocess.Popen[bytes], reader: int) -> str:
+        """Waits until the agent ends, or is to be ended: then it gets SIGTERM, and a while. Why, or ""."""
+        late, patience, sources = "", 0.0, [reader, self._lifeline]
+        while agent.poll() is None:
+            ready = watch(agent, sources, 0.1)
+            if self._lifeline in ready:
+                return "stopped"
+            if reader in ready and not self._read(reader):
+                sources.remove(reader)
+            if not late and (late := self._why_end()):
+                patience = time.monotonic() + KILL_GRACE
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(agent.pid, signal.SIGTERM)
+            if late and time.monotonic() > patience:
+                break
+        return late
+
+    def _read(self, reader: int) -> bool:
+        data = os.read(reader, OUTPUT_KEPT)
+        self._output.add(data)
+        self._heard = time.monotonic() if data else self._heard
+        return bool(data)
+
+    def _why_end(self) -> str:
+        """Why the agent may not go on, or ""."""
+        order, now = self._order, time.monotonic()
+        if self._stopped:
+            return "stopped"
+        if now - self._begun > order.timeout:
+            return "timeout"
+        if order.stall and now - self._heard > order.stall:
+            return "stall"
+        lost = (free - free_bytes(path) > min(order.disk, free * 0.9) for path, free in self._free.items())
+        return "disk" if any(lost) else ""
+
+    def _stop(self, _number: int, _frame: object) -> None:
+        self._stopped = True
+
+
+def free_bytes(path: str) -> int:
+    """What is free on the disk that a folder is on."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
+def supervise() -> None:
+    """The other side of `run_supervised`."""
+    order = Order(**json.loads(sys.stdin.readline()))
+    print(json.dumps(Supervisor(order, *map(int, sys.argv[-2:])).run()))
+
+
+# -- Processes: the only place that starts one. ----------------------------------------------------
+
+SUPERVISOR_IMPORTS = (
+    "contextlib, ctypes, functools, json, os, resource, select, signal, stat, struct, subprocess, sys, threading, time"
+)
+SUPERVISOR_INHERITS = re.compile(r"PATH|HOME|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+|VIRTUAL_ENV")
+SUPERVISOR_GRACE = KILL_GRACE + 15  # seconds for the supervisor to end an agent and all that it started
+CREDENTIALS = (".ssh", ".gnupg", ".netrc", ".git-credentials", ".config/git", ".config/gh", ".config/hub")  # in a home
 
 _known: set[int] = set()  # the processes that this one has started and still waits for
 _starting = threading.Lock()
@@ -1982,8 +2311,7 @@ def run_process(
         deadline = time.monotonic() + timeout
         try:
             while process.poll() is None and time.monotonic() <= deadline and not stop.is_set():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
+                watch(process, (), 0.2)
         finally:
             late = "timeout" if process.poll() is None else ""
             for how in [signal.SIGTERM, signal.SIGKILL] if late else [signal.SIGKILL]:
@@ -2000,36 +2328,6 @@ def run_process(
         return Finished(process.returncode, printed, err.read().decode("utf-8", "replace"), late)
 
 
-def process_table() -> dict[int, tuple[int, int]]:
-    """The parent and the session of each process, where the system tells them as Linux does.
-    https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
-    table = {}
-    for stat_file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            _, parent, _, session = stat_file.read_bytes().rpartition(b") ")[2].split()[:4]
-            table[int(stat_file.parent.name)] = int(parent), int(session)
-    return table
-
-
-def descendants(table: Mapping[int, tuple[int, int]], tops: set[int]) -> set[int]:
-    """These processes, and all that come from them."""
-    children: dict[int, list[int]] = {}
-    for pid, (parent, _) in table.items():
-        children.setdefault(parent, []).append(pid)
-    found, rest = set(tops), list(tops)
-    while rest:
-        new = [pid for pid in children.get(rest.pop(), ()) if pid not in found]
-        found.update(new)
-        rest += new
-    return found
-
-
-def below() -> set[int]:
-    """All processes that come from this one."""
-    me = os.getpid()
-    return descendants(process_table(), {me}) - {me}
-
-
 def strays() -> set[int]:
     """What has come to this process from children that have ended: their sessions are neither its own nor known."""
     me = os.getpid()
@@ -2040,24 +2338,54 @@ def strays() -> set[int]:
     return descendants(table, tops - mine)
 
 
-def end_processes(find: Callable[[], set[int]], rounds: int = 1000) -> None:
-    """Ends the processes that `find` finds until it finds none. All are stopped before the first is killed: so what
-    forks faster than it is killed comes to rest. What hangs in the kernel is left; it dies before it can go on."""
-    stopped: set[int] = set()
-    for _ in range(rounds):
-        if not (found := find()):
-            return
-        new = found - stopped
-        stopped |= new
-        for pid in new or found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGSTOP if new else signal.SIGKILL)
-        for pid in found:
-            with contextlib.suppress(ChildProcessError):  # not a child yet
-                os.waitpid(pid, os.WNOHANG)
-        if not new:
-            threading.Event().wait(0.01)
-    log.error("processes of an agent cannot be ended: %s", ", ".join(map(str, sorted(found))))
+def hidden_paths(config: Config) -> set[Path]:
+    """What no agent may read: all that the runner keeps, where its secrets are, and other ways into GitHub."""
+    credentials = (user_home() / name for name in CREDENTIALS)
+    own = (config.state_dir, config.token_file, config.app_key_file, config.audit_log)
+    paths = {*own, *Path.cwd().glob(".env*"), *credentials}
+    return {form for path in paths if path and path.exists() for form in (path.absolute(), path.resolve())}
+
+
+def supervisor() -> str:
+    """The program of a supervisor. Each of its lines has the number that it has in this file."""
+    before, heading, rest = Path(__file__).read_text("utf-8").partition("\n# -- The supervisor: ")
+    imports = f"from __future__ import annotations; import {SUPERVISOR_IMPORTS}; from typing import NamedTuple"
+    blank_lines = [""] * before.count("\n")
+    return "\n".join([imports, *blank_lines, heading.strip() + rest.partition("\n# -- ")[0], "supervise()"])
+
+
+# Read when the runner starts: should the file be replaced while it runs, both sides still fit.
+SUPERVISOR = supervisor()
+SUPERVISOR_PYTHON = [sys.executable, "-S", "-P"]  # no packages, nothing from the current folder
+SUPERVISOR_START = "import json, sys; exec(compile(json.loads(sys.stdin.readline()), sys.argv[1], 'exec'))"
+
+
+def run_supervised(config: Config, order: Order, stop: threading.Event | None = None) -> Finished:
+    """Runs an agent: how it ended, with the end of what it printed. When this returns, all that it started has ended.
+    Raises TaskFailed if it cannot be started, or Stopping."""
+    env = {name: value for name, value in config.env.items() if SUPERVISOR_INHERITS.fullmatch(name)}
+    told = "".join(f"{json.dumps(part)}\n" for part in (SUPERVISOR, order._replace(stdin="")._asdict())).encode()
+    (lifeline, held), timeout = os.pipe(), order.timeout + SUPERVISOR_GRACE
+    try:
+        with tempfile.TemporaryFile() as feed:
+            feed.write(order.stdin.encode())
+            feed.seek(0)
+            fds = (lifeline, feed.fileno())
+            command = [*SUPERVISOR_PYTHON, "-c", SUPERVISOR_START, __file__, "supervisor", *map(str, fds)]
+            done = run_process(command, Path("/"), env, timeout, told, stop, SUPERVISOR_GRACE, fds)
+    finally:
+        os.close(lifeline)
+        os.close(held)
+        if left := end_processes(strays):  # of a supervisor that was killed
+            log.error("processes of an agent cannot be ended: %s", ", ".join(map(str, sorted(left))))
+    if done.code or done.late:
+        how = "was killed" if done.code < 0 else "failed"
+        raise TaskFailed(f"The agent's supervisor {how}.", output=done.err)
+    finished = Finished(*json.loads(done.out))
+    if finished.err:
+        advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
+        raise TaskFailed(f"The agent cannot be started: {finished.err}.", advice)
+    return finished
 
 
 # -- Git and the workspace: the only place that runs git. ------------------------------------------
@@ -2790,298 +3118,6 @@ class Claim:
     def _lose(self, why: str) -> None:
         self.lost = self.lost or why
         self._halt.set()
-
-
-# -- The supervisor: what stands between the runner and an agent. ----------------------------------
-#
-# The agent may do whatever an issue talks it into. So it is started by a process of its own, this
-# file run once more: without secrets, it puts up the walls, looks after limits and output, and ends
-# when everything that the agent started has ended. It dies with the runner, and the agent with it.
-
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every machine
-# Rights to files by the version that brought them: https://docs.kernel.org/userspace-api/landlock.html
-LANDLOCK_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15, 9: 1 << 16}
-LANDLOCK_READ, LANDLOCK_LIST, LANDLOCK_OF_FILES = 1 << 0 | 1 << 2, 1 << 3, 1 << 0 | 1 << 1 | 1 << 2 | 7 << 14
-LANDLOCK_SCOPES = 1 << 0 | 1 << 1  # abstract sockets, signals; since version 6
-DEVICES = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "shm")]
-CREDENTIALS = (".ssh", ".gnupg", ".netrc", ".git-credentials", ".config/git", ".config/gh", ".config/hub")  # in a home
-SUPERVISOR_INHERITS = re.compile(r"PATH|HOME|TMPDIR|LD_LIBRARY_PATH|PYTHON\w+|VIRTUAL_ENV")
-SPARE_PROCESSES = 1024
-
-
-class Order(NamedTuple):
-    """What a supervisor is to run, and within which walls: `write` and `read` are granted below what is in `hide`.
-    Seconds and bytes; 0 is no limit."""
-
-    command: Sequence[str]
-    cwd: str
-    env: Mapping[str, str]
-    stdin: str
-    log: str
-    timeout: float
-    stall: float
-    disk: int
-    memory: int
-    landlock: bool
-    write: Sequence[str]
-    read: Sequence[str]
-    hide: Sequence[str]
-
-
-def kernel(call: Callable[..., int], *arguments: int | bytes | None) -> int:
-    """A call of the system's C library; raises OSError."""
-    words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
-    if (result := call(*words)) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
-def libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def set_process(option: int, value: int) -> bool:
-    """Sets an attribute of this process, if this is Linux: https://man7.org/linux/man-pages/man2/prctl.2.html"""
-    with contextlib.suppress(AttributeError, OSError):
-        return kernel(libc().prctl, option, value, 0, 0, 0) == 0
-    return False
-
-
-def landlock_version() -> int:
-    """Which Landlock the running kernel has: 0 is none."""
-    with contextlib.suppress(AttributeError, OSError):
-        return kernel(libc().syscall, LANDLOCK_CREATE_RULESET, None, 0, 1) if sys.platform == "linux" else 0
-    return 0
-
-
-def hidden_paths(config: Config) -> set[Path]:
-    """What no agent may read: all that the runner keeps, where its secrets are, and other ways into GitHub."""
-    credentials = (user_home() / name for name in CREDENTIALS)
-    own = (config.state_dir, config.token_file, config.app_key_file, config.audit_log)
-    paths = {*own, *Path.cwd().glob(".env*"), *credentials}
-    return {form for path in paths if path and path.exists() for form in (path.absolute(), path.resolve())}
-
-
-def visible(top: Path, hidden: set[Path]) -> Iterator[Path]:
-    """What covers a folder less what is hidden in it: rules can only grant, and grant all that is below."""
-    if top in hidden:
-        return
-    if not any(path.is_relative_to(top) for path in hidden):
-        yield top
-        return
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(top):
-            if not entry.is_symlink():
-                yield from visible(Path(entry), hidden)
-
-
-def landlock_rules(order: Order) -> int:
-    """The rules for an agent, as a file: https://man7.org/linux/man-pages/man7/landlock.7.html"""
-    version, call = landlock_version(), libc().syscall
-    rights = sum(right for since, right in LANDLOCK_RIGHTS.items() if since <= version)
-    handled = struct.pack("=QQQ", rights, 0, LANDLOCK_SCOPES if version >= 6 else 0)
-    handled = handled[: 8 if version < 4 else 16 if version < 6 else 24]
-    rules = kernel(call, LANDLOCK_CREATE_RULESET, handled, len(handled), 0)
-
-    def grant(path: str | Path, what: int) -> None:
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            what &= rights if stat.S_ISDIR(os.fstat(file).st_mode) else rights & LANDLOCK_OF_FILES
-            kernel(call, LANDLOCK_ADD_RULE, rules, 1, struct.pack("=Qi", what, file), 0)
-            os.close(file)
-
-    grant("/", LANDLOCK_LIST)  # names are no secret, and programs look for their modules in lists
-    readable: list[str | Path] = [*visible(Path("/"), set(map(Path, order.hide))), *order.read]
-    for path in readable:
-        grant(path, LANDLOCK_READ | LANDLOCK_LIST)
-    for name in (*order.write, *DEVICES):
-        grant(name, rights)
-    return rules
-
-
-def set_limit(which: int, value: int) -> None:
-    """Sets a limit of this process and its children; never above what it has."""
-    hard = resource.getrlimit(which)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
-
-
-def process_limit() -> int:
-    """How many processes may be, all of this user's: the kernel also counts those in other containers, which nothing
-    here can list. So it is tried how many are too few."""
-    limit = SPARE_PROCESSES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    for _ in range(10):
-        resource.setrlimit(resource.RLIMIT_NPROC, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-        with contextlib.suppress(BlockingIOError):
-            if not (child := os.fork()):
-                os._exit(0)
-            os.waitpid(child, 0)
-            break
-        limit *= 2
-    resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
-    return limit * 2
-
-
-def confine(order: Order, rules: int, processes: int) -> None:
-    """Puts up the walls around this process, just before it becomes the agent."""
-    set_process(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.nice(5)
-    set_process(PR_SET_DUMPABLE, 1)  # what is not cannot write to its own /proc
-    with contextlib.suppress(OSError):  # if memory runs out, this goes first
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    set_limit(resource.RLIMIT_CORE, 0)
-    set_limit(resource.RLIMIT_FSIZE, order.disk)
-    set_limit(resource.RLIMIT_NPROC, processes)
-    if order.memory:  # not the address space, of which some programs reserve far more than they use
-        set_limit(resource.RLIMIT_DATA, order.memory)
-    set_process(PR_SET_NO_NEW_PRIVS, 1)
-    if rules >= 0:
-        kernel(libc().syscall, LANDLOCK_RESTRICT_SELF, rules, 0)
-
-
-class Output:
-    """What an agent prints: the beginning in a file, the end in memory."""
-
-    def __init__(self, log_file: str) -> None:
-        self._file = open(log_file, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
-        self.size, self.tail = 0, b""
-
-    def add(self, data: bytes) -> None:
-        self.tail = (self.tail + data)[-OUTPUT_KEPT:]
-        with contextlib.suppress(OSError):  # the disk may be full
-            self._file.write(data[: max(0, LOG_KEPT - self.size)])
-            if self.size + len(data) > LOG_KEPT:  # for who wants to see how it goes; written over by what comes next
-                self._file.seek(LOG_KEPT)
-                self._file.write(b"\n" + self.tail[-LIVE_KEPT:])
-            self._file.flush()
-        self.size += len(data)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.size > LOG_KEPT:
-                self._file.seek(LOG_KEPT)
-                missing = max(0, self.size - LOG_KEPT - len(self.tail))
-                self._file.write(b"\n[... %d bytes left out ...]\n" % missing if missing else b"")
-                self._file.write(self.tail[max(0, LOG_KEPT - self.size + len(self.tail)) :])
-                self._file.truncate()
-            self._file.close()
-
-
-class Supervisor:
-    """Runs one agent. The runner holds the other end of the pipe `lifeline`: so a runner that dies lets go of it."""
-
-    def __init__(self, order: Order, lifeline: int) -> None:
-        self._order, self._lifeline = order, lifeline
-        self._output = Output(order.log)
-        self._free = {path: free_bytes(path) for path in order.write}
-        self._begun = self._heard = time.monotonic()
-        self._stopped = False
-
-    def run(self) -> Finished:
-        """Runs the agent, and ends all that it started. `err` says why it did not start."""
-        set_process(PR_SET_CHILD_SUBREAPER, 1)
-        set_process(PR_SET_DUMPABLE, 0)
-        signal.signal(signal.SIGTERM, self._stop)
-        order, (reader, writer) = self._order, os.pipe()
-        processes, rules = process_limit(), landlock_rules(order) if order.landlock else -1
-        with tempfile.TemporaryFile() as feed:
-            feed.write(order.stdin.encode())
-            feed.seek(0)
-            try:
-                agent = subprocess.Popen(
-                    order.command, cwd=order.cwd, env=order.env, stdin=feed, stdout=writer, stderr=writer,
-                    start_new_session=True, preexec_fn=functools.partial(confine, order, rules, processes)
-                )  # fmt: skip
-            except (OSError, subprocess.SubprocessError) as error:
-                return Finished(127, "", getattr(error, "strerror", "") or str(error), "")
-            os.close(writer)
-            late = self._watch(agent, reader)
-        if agent.poll() is None:
-            agent.kill()
-            agent.wait()
-        end_processes(below)
-        os.set_blocking(reader, False)
-        with contextlib.suppress(BlockingIOError):
-            while self._read(reader):
-                pass
-        self._output.close()
-        return Finished(agent.returncode, self._output.tail.decode("utf-8", "replace"), "", late)
-
-    def _watch(self, agent: subprocess.Popen[bytes], reader: int) -> str:
-        """Waits until the agent ends, or is to be ended: then it gets SIGTERM, and a while. Why, or ""."""
-        late, patience, sources = "", 0.0, [reader, self._lifeline]
-        while agent.poll() is None:
-            ready = select.select(sources, [], [], 0.1)[0]
-            if self._lifeline in ready:
-                return "stopped"
-            if reader in ready and not self._read(reader):
-                sources.remove(reader)
-            if not late and (late := self._why_end()):
-                patience = time.monotonic() + KILL_GRACE
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(agent.pid, signal.SIGTERM)
-            if late and time.monotonic() > patience:
-                break
-        return late
-
-    def _read(self, reader: int) -> bool:
-        data = os.read(reader, OUTPUT_KEPT)
-        self._output.add(data)
-        self._heard = time.monotonic() if data else self._heard
-        return bool(data)
-
-    def _why_end(self) -> str:
-        """Why the agent may not go on, or ""."""
-        order, now = self._order, time.monotonic()
-        if self._stopped:
-            return "stopped"
-        if now - self._begun > order.timeout:
-            return "timeout"
-        if order.stall and now - self._heard > order.stall:
-            return "stall"
-        lost = (free - free_bytes(path) > min(order.disk, free * 0.9) for path, free in self._free.items())
-        return "disk" if any(lost) else ""
-
-    def _stop(self, _number: int, _frame: object) -> None:
-        self._stopped = True
-
-
-def free_bytes(path: str) -> int:
-    """What is free on the disk that a folder is on."""
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize
-
-
-def supervise(lifeline: int) -> int:
-    """The other side of `run_supervised`."""
-    done = Supervisor(Order(**json.load(sys.stdin)), lifeline).run()
-    print(json.dumps(done))
-    return 0
-
-
-def run_supervised(config: Config, order: Order, stop: threading.Event | None = None) -> Finished:
-    """Runs an agent: how it ended, with the end of what it printed. When this returns, all that it started has ended.
-    Raises TaskFailed if it cannot be started, or Stopping."""
-    env = {name: value for name, value in config.env.items() if SUPERVISOR_INHERITS.fullmatch(name)}
-    lifeline, held = os.pipe()
-    command, fds = [*PROGRAM, "--supervise", str(lifeline)], [lifeline]
-    timeout, order_text = order.timeout + SUPERVISOR_GRACE, json.dumps(order._asdict()).encode()
-    try:
-        done = run_process(command, Path("/"), env, timeout, order_text, stop, SUPERVISOR_GRACE, fds)
-    finally:
-        os.close(lifeline)
-        os.close(held)
-        end_processes(strays)  # of a supervisor that was killed
-    if done.code or done.late:
-        how = "was killed" if done.code < 0 else "failed"
-        raise TaskFailed(f"The agent's supervisor {how}.", output=done.err)
-    finished = Finished(*json.loads(done.out))
-    if finished.err:
-        advice = "A long instruction is better read from standard input or $AGENT_TASK_FILE."
-        raise TaskFailed(f"The agent cannot be started: {finished.err}.", advice)
-    return finished
 
 
 # -- process_task: what changes the files. Three are built in; anything else is a plug-in. ---------
@@ -5213,7 +5249,7 @@ def run(config: Config, once: bool, issue: int | None, handler: logging.Handler)
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The options; two of them are for the runner itself."""
+    """The options; one of them is for the runner itself."""
     what = "Turns labelled GitHub issues into pull requests with the agent of your choice."
     more = """Everything else is set by environment variables, or in a file .env in the current folder; README.md lists
     them. Signals: SIGTERM or Ctrl-C lets finish what runs (AGENT_DRAIN_SECONDS), a second one ends it now, SIGHUP
@@ -5225,7 +5261,6 @@ def command_line() -> argparse.ArgumentParser:
     how.add_argument("--check", action="store_true", help="look whether everything is in place")
     parser.add_argument("--json", action="store_true", help="with --check: for programs")
     how.add_argument("--plugin", metavar="SPEC", help=argparse.SUPPRESS)
-    how.add_argument("--supervise", type=int, metavar="FILE", help=argparse.SUPPRESS)
     how.add_argument("--version", action="version", version=f"agent-runner {__version__}")
     return parser
 
@@ -5245,8 +5280,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--json goes with --check")
     if options.plugin:
         return serve_plugin(options.plugin, sys.stdin.read())
-    if options.supervise is not None:
-        return supervise(options.supervise)
     set_process(PR_SET_DUMPABLE, 0)  # shuts /proc/<pid>/environ and /mem, where the token is
     set_process(PR_SET_CHILD_SUBREAPER, 1)
     try:

@@ -100,7 +100,7 @@ def few(github: StandIn, folder: Path) -> Iterator[Row]:
 
 
 def supervisors(pid: int) -> list[int]:
-    return [each for each in tree(pid) if "--supervise" in command_of(each)]
+    return [each for each in tree(pid) if "supervisor" in command_of(each)]
 
 
 def bare_python() -> int:

@@ -25,6 +25,8 @@ from runner import Config, ConfigError, Finished, Order, Stopping, TaskFailed, m
 @pytest.fixture(autouse=True)
 def _measure_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "SUPERVISOR_INHERITS", re.compile(runner.SUPERVISOR_INHERITS.pattern + r"|COVERAGE\w+"))
+    # Without Python's site-packages nothing could measure.
+    monkeypatch.setattr(runner, "SUPERVISOR_PYTHON", [sys.executable, "-P"])
 
 
 class Bench:
@@ -287,9 +289,37 @@ while len(runner.below()) < 2:
     assert out.split("\n")[:2] == ["Finished(code=0, out='', err='', late='')", "None"]
 
 
-def test_what_cannot_be_ended_is_told_and_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
-    runner.end_processes(lambda: {2**22 + 1}, rounds=3)
+def test_what_cannot_be_ended_is_told_and_not_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    end_processes = runner.end_processes
+    monkeypatch.setattr(runner, "end_processes", lambda _: end_processes(lambda: {2**22 + 1}, rounds=3))
+    assert bench.run("pass").code == 0
     assert "cannot be ended: 4194305" in caplog.text
+
+
+def test_ends_are_also_seen_where_the_system_does_not_tell_of_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(runner, "SUPERVISOR", runner.SUPERVISOR.replace("os.pidfd_open", "os.no_such_thing"))
+    done = bench.run("print(input())")
+    assert (done.code, done.out) == (0, "told\n")
+
+
+def test_lines_of_the_supervisor_are_those_of_the_file() -> None:
+    theirs, ours = runner.SUPERVISOR.splitlines(), RUNNER.read_text().splitlines()
+    begin = ours.index("class Supervisor:")
+    assert theirs[begin : begin + 50] == ours[begin : begin + 50]
+    assert theirs[-1] == "supervise()"
+
+
+def test_a_file_that_is_replaced_meanwhile_does_not_matter(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "runner.py").write_text("raise SystemExit('another version')")
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))
+    assert bench.run("print(input())").out == "told\n"
 
 
 # -- which walls there are --------------------------------------------------------------------------
@@ -307,10 +337,10 @@ def test_what_is_hidden_is_left_out_and_the_rest_is_covered(tmp_path: Path) -> N
     for name in ("a/secret", "a/b/state/x", "a/b/open", "c/d"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "a/link").symlink_to(tmp_path / "a/secret")
-    hidden = {tmp_path / "a/secret", tmp_path / "a/b/state"}
-    seen = {path.relative_to(tmp_path).as_posix() for path in runner.visible(tmp_path, hidden)}
+    hidden = {f"{tmp_path}/a/secret", f"{tmp_path}/a/b/state"}
+    seen = {os.path.relpath(path, tmp_path) for path in runner.visible(str(tmp_path), hidden)}
     assert seen == {"a/b/open", "c"}
-    assert list(runner.visible(tmp_path / "c", hidden)) == [tmp_path / "c"]
+    assert list(runner.visible(f"{tmp_path}/c", hidden)) == [f"{tmp_path}/c"]
 
 
 def test_hidden_are_the_state_the_settings_and_other_ways_to_github(
