@@ -919,10 +919,15 @@ class Task:
         return f"{self.dispatch_repo}#{self.number}"
 
 
+@functools.lru_cache(maxsize=2)
 def outside_fences(text: str) -> str:
     """The text with its code fences blanked; offsets and lines stay where they are. A fence that never closes is left
     as it is, unlike in CommonMark: one stray ``` in an instruction must not hide the metadata that follows it."""
-    return FENCE.sub(lambda fence: fence[0] if fence["close"] is None else re.sub(r"[^\n]", " ", fence[0]), text)
+
+    def blanked(fence: re.Match[str]) -> str:
+        return fence[0] if fence["close"] is None else "\n".join(" " * len(line) for line in fence[0].split("\n"))
+
+    return FENCE.sub(blanked, text) if "```" in text or "~~~" in text else text
 
 
 def split_metadata(text: str) -> tuple[str, dict[str, Any] | None]:
@@ -962,6 +967,8 @@ def without_comments(text: str) -> tuple[str, int]:
     """The text without the HTML comments that GitHub does not show, and their number. One that begins a line and never
     ends hides all that follows."""
     count = 0
+    if "<!--" not in text:
+        return text, 0
 
     def shown(match: re.Match[str]) -> str:
         nonlocal count
@@ -1028,7 +1035,7 @@ def encodable(text: object) -> str:
 
 def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1, failure: str = "") -> Task:
     """An issue, as GitHub gives it, as a task. Never fails: `check_task` says what is wrong."""
-    body, metadata = split_metadata(re.sub(r"\r\n?", "\n", encodable(issue.get("body"))[:MAX_ISSUE]))
+    body, metadata = split_metadata(encodable(issue.get("body"))[:MAX_ISSUE].replace("\r\n", "\n").replace("\r", "\n"))
     text, comments = without_comments(body)
     title, in_title = UNSEEN.subn("", encodable(issue.get("title"))[:MAX_TITLE])
     title = " ".join(title.split())
@@ -2814,29 +2821,32 @@ class Checkout:
         self._begin()
         try:
             self._refuse_odd_files({path: why for path, why in self._odd_files().items() if self._counts(path[2:])})
-            self._refuse_what_is_too_much(config)
-            # https://git-scm.com/docs/gitglossary#Documentation/gitglossary.txt-pathspec
-            passed = {f"./{path}" for path in self._passed}  # git adds nothing if it is told of what is ignored anyway
-            paths = "\0".join(
-                [".", *(f":(exclude,literal){path[2:]}" for path in sorted(passed - self._ignored(passed)))]
-            )
-            paths_in = ("--pathspec-from-file=-", "--pathspec-file-nul")
-            self.run("add", "--all", *paths_in, stdin=paths.encode("utf-8", "surrogateescape"))
+            gone, kept, new = self._touched(config)
+            # `git add --all` would look at all files once more.
+            self._update_index("--force-remove", paths=gone)
+            self._update_index("--add", "--replace", paths=[*kept, *new])
+            changes = self._changes()
+            if skipped := [path for path in new if path not in changes]:
+                raise GitFailed("git update-index failed", output=f"invalid path {skipped[0]!r}")
         except GitFailed as failure:
             raise TaskFailed("The changed files cannot be committed.", output=failure.output) from None
-        index = self.git_dir / "index"
+        index, self._untouched = self.git_dir / "index", []
         self._taken = index.read_bytes(), index.stat().st_mtime_ns
-        changes, self._untouched = self._changes(), []
         if same := [path for path, row in changes.items() if self._settled.get(path) == row[3]]:
             self._untouched = [blob for path in same if (blob := changes[path][3]).strip("0")]
-            rows = "".join(f"{changes[path][0]} {changes[path][2]}\t{path}\0" for path in same)
-            self.run("update-index", "-z", "--index-info", stdin=rows.encode("utf-8", "surrogateescape"))
+            self._update_index(
+                "--index-info", paths=[f"{changes[path][0]} {changes[path][2]}\t{path}" for path in same]
+            )
             changes = self._changes()
         self._check_changes(changes, config)
         self._refuse_secrets(changes, config)
-        tree, base = self.run("write-tree").strip(), self.workspace.commit
         self._pack = ""
-        return "" if tree == self.run("rev-parse", f"{base}^{{tree}}").strip() else tree
+        return self.run("write-tree").strip() if changes else ""
+
+    def _update_index(self, *how: str, paths: Sequence[str]) -> None:
+        if paths:
+            stdin = "\0".join([*paths, ""]).encode("utf-8", "surrogateescape")
+            self.run("update-index", "-z", *how, *([] if how == ("--index-info",) else ["--stdin"]), stdin=stdin)
 
     def hold(self, tree: str) -> None:
         """Keeps what was taken in memory, where nothing that runs until it is published can change it."""
@@ -2876,7 +2886,9 @@ class Checkout:
                 odd[os.path.dirname(entry.path)] = "is a git repository of its own, which cannot be committed"
             elif entry.name in GIT_READS and not is_small_file(entry.path):
                 raise Refused(f"{code(os.path.relpath(entry.path, tree))} is not a file that git should read.")
-            elif not (entry.is_symlink() or entry.is_file() or entry.is_dir()):
+            elif not (
+                entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False) or entry.is_symlink()
+            ):
                 odd[entry.path] = "is a pipe, a socket or a device, which cannot be committed"
         return {f"./{os.path.relpath(path, tree)}": what for path, what in odd.items()}  # a name may begin with `:`
 
@@ -2893,16 +2905,16 @@ class Checkout:
         if refused := [path for path in found if path not in ignored]:
             raise Refused(f"{code(refused[0][2:])} {found[refused[0]]}.")
 
-    def _refuse_what_is_too_much(self, config: Config) -> None:
-        """Looks at the files that `git add` would read, and reads none. What was only touched does not count."""
-        listed = self.run("diff-files", "--raw", "-z", "--ignore-submodules=all").split("\0")
-        touched = {path: raw.split()[2] for raw, path in zip(listed[::2], listed[1::2], strict=False)}
-        sizes = self.run("cat-file", "--batch-check=%(objectsize)", stdin="\n".join(touched.values()).encode())
-        before = dict(zip(touched, sizes.split(), strict=True))
-        listed = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
-        new = filter(self._counts, listed)
+    def _touched(self, config: Config) -> tuple[list[str], list[str], list[str]]:
+        """The files of the commit that are gone, those that may have changed, and the new ones, none of them read yet.
+        Raises Refused for too much; what was only touched does not count."""
+        listed = self.run("diff-files", "--raw", "-z", "--ignore-submodules=dirty").split("\0")
+        rows = {path: raw.split() for raw, path in zip(listed[::2], listed[1::2], strict=False) if self._counts(path)}
+        new = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
+        new = list(filter(self._counts, new))
+        before = self._sizes({path: row[2] for path, row in rows.items() if row[0] != ":160000"})
         count = size = 0
-        for path in (*touched, *new):
+        for path in (*rows, *new):
             file, now = self.workspace.path / path, 0
             with contextlib.suppress(OSError):  # it is not there any more
                 now = file.lstat().st_size
@@ -2911,6 +2923,15 @@ class Checkout:
             if before.get(path) != str(now):
                 count, size = count + 1, size + now
         refuse_more_than_allowed(count, size, config)
+        gone = [path for path, row in rows.items() if row[4] == "D"]
+        return gone, [path for path in rows if rows[path][4] != "D"], new
+
+    def _sizes(self, blobs: Mapping[str, str]) -> dict[str, str]:
+        """How many bytes each of these objects has."""
+        if not blobs:
+            return {}
+        told = self.run("cat-file", "--batch-check=%(objectsize)", stdin="\n".join(blobs.values()).encode())
+        return dict(zip(blobs, told.split(), strict=True))
 
     def _changes(self) -> dict[str, list[str]]:
         """What has changed, by path: both modes, both objects and git's letter for how."""
