@@ -2402,6 +2402,8 @@ def run_supervised(config: Config, order: Order, stop: threading.Event | None = 
 # the mirror's history, knows no remote, and is never read again.
 
 GIT_SETTINGS = {
+    "checkout.workers": "4",  # ext4 is slow to make files where many were deleted a short time ago
+    "checkout.thresholdForParallelism": "1000",
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
     "core.protectHFS": "true",  # no names that are `.git` on a Mac
@@ -2770,6 +2772,7 @@ class Checkout:
         shutil.copyfile(self.git_dir / "index", throw_away / "index")
         index = self.git_dir / "index"
         self._index, self._index_time = index.read_bytes(), index.stat().st_mtime_ns
+        remove_tree(self.git_dir)  # until it is needed
 
     def _renew(self) -> None:
         """Makes the runner's repository anew, without what was written there meanwhile. The index keeps its time: files
@@ -2815,6 +2818,11 @@ class Checkout:
         if self.workspace.path.is_symlink():
             raise Refused("The workspace was replaced by a link.")
         self._renew()
+
+    def apply(self, patch: str) -> None:
+        """Changes the files as a patch says."""
+        self._renew()
+        self.run("apply", "--whitespace=nowarn", "-", stdin=patch.encode())
 
     def take(self, config: Config) -> str:
         """What has changed: a tree with it, or "" for nothing. Raises TaskFailed for what must not be published."""
@@ -3260,7 +3268,7 @@ def process_patch(work: Work) -> tuple[str, str]:
         why = "The instruction holds no ```diff or ```patch block, and this runner applies patches."
         raise TaskFailed(why, "Add one, or let the runner's owner set AGENT_COMMAND to a coding agent.")
     try:
-        work.checkout.run("apply", "--whitespace=nowarn", "-", stdin="".join(patches).encode())
+        work.checkout.apply("".join(patches))
     except GitFailed as failure:
         advice = f"Make it against the newest commit of {code(work.checkout.workspace.base)}."
         raise TaskFailed("The patch does not apply.", advice, failure.output) from None
@@ -3781,6 +3789,11 @@ class Attempt:
         self._telling, self.milestone = threading.Lock(), False
 
     @property
+    def _folder(self) -> Path:
+        """Where the agent works. It goes when all is told, for to delete many files takes a while."""
+        return self.claim.path.parent / "run"
+
+    @property
     def _github(self) -> GitHub:
         """The way to GitHub, as long as the issue is this runner's."""
         self.claim.check()
@@ -3807,7 +3820,9 @@ class Attempt:
             self._runner.metrics.count("claims_total", "dropped")
             log.warning("dropped, for the claim is lost: %s", lost)
         finally:
-            if outcome != "retry":
+            if outcome == "retry":
+                remove_tree(self._folder)
+            else:
                 self.claim.close()
         return outcome
 
@@ -4005,18 +4020,15 @@ class Attempt:
             )
 
         def fill() -> Checkout:
-            lenders, folder = (mirror.path, self.claim.path), self.claim.path.parent / "run"
-            checkout = Checkout(self._git, lenders, folder, base, fetch(), self._config.ignore)
+            lenders = (mirror.path, self.claim.path)
+            checkout = Checkout(self._git, lenders, self._folder, base, fetch(), self._config.ignore)
             checkout.fill(task.branch)
             return checkout
 
         checkout = self._runner.patiently(lambda: mirror.sound(fill))
-        try:
-            result = self._change(task, checkout)
-            self.claim.renew({f"refs/heads/{task.branch}": (old, result.commit)}, checkout.git_dir)
-            return result
-        finally:
-            remove_tree(checkout.folder)
+        result = self._change(task, checkout)
+        self.claim.renew({f"refs/heads/{task.branch}": (old, result.commit)}, checkout.git_dir)
+        return result
 
     def _change(self, task: Task, checkout: Checkout) -> Result:
         """What the agent makes of the task, committed. What is not finished is kept, if not as a draft, then in a file.

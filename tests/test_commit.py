@@ -140,6 +140,7 @@ def test_a_repository_whose_name_looks_like_a_pattern_is_refused(world: World) -
 def test_what_was_written_into_the_runners_repository_meanwhile_does_not_count(place: Place) -> None:
     write(place.path / ".github/workflows/ci.yml", "on: push\n")
     private, base = place.checkout.git_dir, place.checkout.workspace.commit
+    place.checkout.new_files()  # which makes the repository
     place.checkout.run("add", ".")
     tree = place.checkout.run("write-tree").strip()
     write(private / "refs/replace" / place.checkout.run("rev-parse", f"{base}^{{tree}}").strip(), tree)

@@ -208,6 +208,7 @@ def test_a_workspace_that_is_gone_is_refused(place: Place) -> None:
 
 def test_what_is_written_beside_the_workspace_is_not_trusted(place: Place) -> None:
     trap = place.path.parent / "trapped"
+    place.checkout.new_files()  # which makes the repository
     with (place.checkout.git_dir / "config").open("a") as config:
         config.write(f"[core]\n\tsshCommand = touch {trap}\n[http]\n\tproxy = http://127.0.0.1:1\n")
     write(place.path / "new.txt", "new\n")
