@@ -4254,7 +4254,7 @@ class Runner:
         self.started = self.polled = self.next_poll = self._next_look = self._next_tale = self.clock.monotonic()
         self._poll_begun = self._heard = self._echo = -math.inf
         self._poll_pause, self._polls_failed = config.poll_interval, 0
-        self._first_look, self._look_in = True, False
+        self._first_look, self._look_in, self._look_again = True, False, False
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_KEPT)  # how attempts ended, the newest first
 
     def run_forever(self) -> None:
@@ -4385,7 +4385,8 @@ class Runner:
             attempt.halt.set()
 
     def _look_around(self) -> None:
-        """Three times a lease: which issues in work are not wanted any more, and which claims are there."""
+        """Three times a lease: which issues in work are not wanted any more, and which claims are there. These also
+        when another runner was faster: it may be ahead with other issues, and one look costs less than to try each."""
         now = self.clock.monotonic()
         due = now >= self._next_look
         if due or self._look_in:
@@ -4394,6 +4395,8 @@ class Runner:
                 attempt.look_in()
         if due:
             self._next_look = now + self.config.lease / 3
+        if due or self._look_again:
+            self._look_again = False
             self._look_at_claims()
 
     def _look_at_claims(self) -> None:
@@ -4467,6 +4470,9 @@ class Runner:
                 self._again.append(attempt)
                 continue
             self.outcomes[outcome] += 1
+            self._look_again = self._look_again or outcome == "held"
+            if outcome == "skipped" and not attempt.moved:  # what the list says is old, perhaps of other issues too
+                self.request_poll()
             self.seen.pop(attempt.number, None)
             if attempt.moved:
                 self.queue.waiting[attempt.number] = attempt.moved

@@ -31,12 +31,12 @@ def claim_of(runner: Runner, seen: Seen | None = None) -> Claim:
     return Claim(runner, 1, seen or Seen(TARGET, "", 0, {}), "", threading.Event())
 
 
-def put_claim(world: World, message: str | None = None, **record: Any) -> str:
-    """Another runner's claim of issue 1, moved on each time; its commit."""
+def put_claim(world: World, message: str | None = None, ref: str = CLAIM, **record: Any) -> str:
+    """Another runner's claim, of issue 1 as a rule, moved on each time; its commit."""
     tree = world.github.git(TARGET, "hash-object", "-t", "tree", "-w", os.devnull)
     text = message or json.dumps(RECORD | {"time": str(os.urandom(4))} | record)
     commit = world.github.git(TARGET, "commit-tree", tree, "-m", text)
-    world.github.git(TARGET, "update-ref", CLAIM, commit)
+    world.github.git(TARGET, "update-ref", ref, commit)
     return commit
 
 
@@ -310,6 +310,48 @@ def test_an_issue_that_another_runner_has_is_not_run_and_said_to_be_elsewhere(wo
     assert "issue=1 is in the hands of another runner" in err
     assert finish(world.start("--once"))[0] == 0
     assert world.issue().comments == []
+
+
+def first_push(action: Callable[[], None]) -> Fault:
+    """Has something happen when a runner that has read queue and claims begins to claim an issue."""
+    return Fault(kind="git", where=lambda r: r.query.get("service") == "git-receive-pack", action=action)
+
+
+def test_who_loses_an_issue_does_not_try_the_others_that_are_taken(world: World) -> None:
+    for _ in range(4):
+        world.open()
+
+    def take() -> None:
+        for number in (1, 2, 3):
+            put_claim(world, ref=f"{CLAIM.rpartition('/')[0]}/{number}")
+
+    world.github.faults.append(first_push(take))
+    runner = world.run_once(AGENT_MAX_CONCURRENT="1")
+    assert (runner.metrics.value("claims_total", "lost"), runner.metrics.value("claims_total", "won")) == (1, 1)
+    assert "agent-done" in world.issue(4).labels
+
+
+def test_an_issue_that_is_over_has_the_list_read_again_before_others_are_tried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.WAKE_PAUSE", 0)
+    for _ in range(4):
+        world.open()
+
+    def finish_them() -> None:
+        for number in (1, 2, 3):
+            world.github.add_label(DISPATCH, number, "agent-done")
+
+    world.github.faults.append(first_push(finish_them))
+    runner = world.runner(None, AGENT_MAX_CONCURRENT="1")
+
+    def is_done() -> bool:
+        runner.tick()
+        return runner.outcomes["done"] > 0
+
+    wait_until(is_done)
+    assert runner.outcomes == {"skipped": 1, "done": 1}
+    assert "agent-done" in world.issue(4).labels
 
 
 # -- what is left on the disk ----------------------------------------------------------------------
