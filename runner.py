@@ -4254,7 +4254,7 @@ class Runner:
         self.started = self.polled = self.next_poll = self._next_look = self._next_tale = self.clock.monotonic()
         self._poll_begun = self._heard = self._echo = -math.inf
         self._poll_pause, self._polls_failed = config.poll_interval, 0
-        self._first_look, self._look_in, self._look_again = True, False, False
+        self._first_look, self._look_in, self._lost = True, False, False
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_KEPT)  # how attempts ended, the newest first
 
     def run_forever(self) -> None:
@@ -4395,8 +4395,7 @@ class Runner:
                 attempt.look_in()
         if due:
             self._next_look = now + self.config.lease / 3
-        if due or self._look_again:
-            self._look_again = False
+        if due or self._lost:
             self._look_at_claims()
 
     def _look_at_claims(self) -> None:
@@ -4430,12 +4429,16 @@ class Runner:
         return not self.queue.waiting[number].processing
 
     def _admit(self, only: int | None = None) -> None:
-        """Starts as much of what is due as there are free workers, oldest first."""
+        """Starts as much of what is due as there are free workers, oldest first. Runners that have lost the same issue
+        go on at different places, or they would meet at the next one."""
         now, room = self.clock.monotonic(), self.config.max_concurrent - len(self._running)
         known = {attempt.number for attempt in (*self._running.values(), *self._again)}
         numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known, key=lambda n: (self._untold[n], n))
         due = [attempt for attempt in self._again if attempt.due <= now]
-        new = (Attempt(self, number) for number in numbers if self._is_free(number) and only in (None, number))
+        free = [number for number in numbers if self._is_free(number) and only in (None, number)]
+        at = int(stand_in(self.id)[1:], 16) % len(free) if self._lost and free else 0
+        self._lost = False
+        new = (Attempt(self, number) for number in [*free[at:], *free[:at]])
         for attempt in itertools.islice(itertools.chain(due, new), 0 if self.stop.is_set() else room):
             self._again = [other for other in self._again if other is not attempt]
             future = self._pool.submit(self._attempt, attempt)
@@ -4470,7 +4473,7 @@ class Runner:
                 self._again.append(attempt)
                 continue
             self.outcomes[outcome] += 1
-            self._look_again = self._look_again or outcome == "held"
+            self._lost = self._lost or outcome == "held"
             if outcome == "skipped" and not attempt.moved:  # what the list says is old, perhaps of other issues too
                 self.request_poll()
             self.seen.pop(attempt.number, None)

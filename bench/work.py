@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -92,10 +93,10 @@ class Script:
 
 
 @contextlib.contextmanager
-def floor(github: StandIn, folder: Path) -> Iterator[Script]:
+def floor(github: StandIn, folder: Path, code: str = AGENT) -> Iterator[Script]:
     home, agent = folder / "floor", folder / "floor.sh"
-    home.mkdir()
-    agent.write_text(AGENT)
+    home.mkdir(parents=True)
+    agent.write_text(code)
     agent.chmod(0o755)
     env = git_access(github) | {
         "BENCH_API": github.api_url,
@@ -142,6 +143,30 @@ def throughput(lab: Lab) -> Iterator[Row]:
         note = f"{places * rounds} tasks of {sleep} s in {took:.1f} s"
         yield Row("throughput", about, f"{share:.2f} x", ">= 0.9 x the ideal", share >= 0.9, note)
         yield Row("agents started", about, str(agents), f"{places * rounds}", agents == places * rounds, counted=True)
+    for scripts in [] if lab.short else [1, 8]:
+        took = by_scripts(lab.folder / f"scripts-{scripts}", scripts, rounds, sleep)
+        note = f"{scripts * rounds} tasks of {sleep} s in {took:.1f} s, by the bare sequence with a claim"
+        yield Row("throughput", f"{scripts} script(s)", f"{sleep * rounds / took:.2f} x", note=note)
+
+
+def by_scripts(folder: Path, count: int, rounds: int, sleep: int) -> float:
+    """Seconds from the first request to the last one, if scripts do the tasks, each its own."""
+    code = f"#!/bin/sh\nsleep {sleep}\necho x > new\n"
+    folder.mkdir()
+    with standing_in(folder, strict=False) as github, ExitStack() as stack:
+        scripts = [stack.enter_context(floor(github, folder / str(index), code)) for index in range(count)]
+
+        def work(script: Script, numbers: Sequence[int]) -> None:
+            for number in numbers:
+                script(number, safe=True)
+
+        # One round that does not count, as with the runner.
+        for numbered in (1, rounds):
+            numbers, begun = open_issues(github, count * numbered), len(github.log)
+            shares = [numbers[index * numbered : (index + 1) * numbered] for index in range(count)]
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(work, scripts, shares))
+        return github.log[-1].at - github.log[begun].at
 
 
 def rounds_of(folder: Path, processes: int, workers: int, rounds: int, sleep: int) -> tuple[float, int]:

@@ -331,6 +331,26 @@ def test_who_loses_an_issue_does_not_try_the_others_that_are_taken(world: World)
     assert "agent-done" in world.issue(4).labels
 
 
+def test_runners_that_lost_the_same_issue_do_not_meet_again_at_the_next(world: World) -> None:
+    for _ in range(9):
+        world.open()
+    runners = [
+        world.runner(AGENT_RUNNER_ID=name, AGENT_STATE_DIR=str(world.folder / name), AGENT_MAX_CONCURRENT="2")
+        for name in ("a", "c", "e")
+    ]
+    for runner in runners:
+        runner.queue.poll()
+        runner._lost = True
+    for runner in runners:
+        runner._admit()
+    begun = [[attempt.number for attempt in runner.at_work()[0]] for runner in runners]
+    for runner in runners:
+        runner._drain()
+    assert begun == [[8, 9], [3, 4], [6, 7]]
+    assert all(runner.outcomes == {"done": 2} for runner in runners)
+    assert not any(runner._lost for runner in runners)
+
+
 def test_an_issue_that_is_over_has_the_list_read_again_before_others_are_tried(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
