@@ -93,23 +93,23 @@ def big(lab: Lab) -> Iterator[Row]:
         first = Task(github, runner, lab.folder)
         bare.task()  # the first files in a new place take a file system longer
         tasks, adds, publishes = [], [], []
-        for _ in range(lab.pick(9, 2)):  # the last one is the tenth
-            tasks.append(Task(github, runner, lab.folder))
-            add, publish = bare.task()
-            adds.append(add)
-            publishes.append(publish)
-        parallel = [bare.checkout(workers) for workers in WORKERS]
+        for number in range(2, lab.pick(11, 4)):  # the last one is the tenth
+            task = Task(github, runner, lab.folder)
+            if number > lab.pick(6, 1):
+                tasks.append(task)
+                add, publish = bare.task()
+                adds.append(add)
+                publishes.append(publish)
         clone = timed(lambda: bare.git("clone", "--quiet", github.url(TARGET), str(bare.folder / "clone")))
-        turns = in_turns(lab.pick(3, 1), *parallel)
+        turns = in_turns(lab.pick(2, 1), *(bare.checkout(workers) for workers in WORKERS))
     whole = first.whole / clone
     yield Row("first task", named(lab), f"{whole:.2f} x", note=f"{first.whole:.1f} s, a bare git clone {clone:.1f} s")
-    last = tasks[-3:]
-    yield ratio("tenth task", named(lab), [t.whole for t in last], adds, 1.5, "git worktree add")
+    yield ratio("tenth task", named(lab), [t.whole for t in tasks], adds, 1.5, "git worktree add")
     ours = [t.publish for t in tasks]
     yield ratio("publish of a one-file change", named(lab), ours, publishes, 1.5, "add, write-tree, commit-tree, push")
     parts = [f"{name} {seconds([t.parts[name] for t in tasks])}" for name in tasks[0].parts]
     floor = statistics.median(a + p for a, p in zip(adds, publishes, strict=True))
-    times = statistics.median(t.whole for t in last) / floor
+    times = statistics.median(t.whole for t in tasks) / floor
     note = f"worktree add and publish take {floor:.2f} s; of the runner's time: {', '.join(parts)}"
     yield Row("tenth task", "against both of the bare parts", f"{times:.2f} x", note=note)
     alone = statistics.median(turns[0])
@@ -137,7 +137,7 @@ class Task:
             "claim": said - look,
             "checkout and agent": agent - said,
             "commit": pushed[1] - agent,
-            "push, and deleting the files": pull - pushed[1],
+            "push": pull - pushed[1],
             "report": asked[-1].at - pull,
         }
         github.close_issue(DISPATCH, number)
@@ -174,6 +174,12 @@ class Bare:
         sent = self._github.log[-1].at
         self.git("worktree", "remove", "--force", str(tree), at=copy)
         return add, sent - begun
+
+    def disk(self) -> int:
+        """Bytes of a worktree, and of what git keeps of it beside it."""
+        tree, copy = self.folder / "tree", self.folder / "copy.git"
+        self.git("-c", "checkout.workers=4", "worktree", "add", "--quiet", "--detach", str(tree), "main", at=copy)
+        return usage(tree) + usage(copy / "worktrees")
 
     def checkout(self, workers: int) -> Timed:
         return Timed(self, workers)
@@ -212,12 +218,16 @@ def disk(lab: Lab) -> Iterator[Row]:
         whole, copy = usage(state / "work", state / "repos"), usage(state / "repos")
         trees = sorted((state / "work").glob("*/*/run/tree"))
         each = usage(trees[0]) - usage(trees[0] / ".git")
-        git = usage(trees[0] / ".git") + usage(trees[0].parent / "git")
+        beside = usage(trees[0] / ".git")
         processes = len(trees)
-    allowed = copy + count * each
-    note = f"the mirror has {copy / MB:.0f} MB, each checkout {each / MB:.0f} MB, its index and git {git / MB:.1f} MB"
+        (lab.folder / "go").touch()
+        bare = Bare(github, lab.folder / "bare").disk()
+    allowed, floor = copy + count * each, copy + count * bare
+    note = f"the mirror has {copy / MB:.0f} MB, each checkout {each / MB:.0f} MB, and its .git {beside / MB:.1f} MB"
+    note += f", nearly all of it the index; so many bare worktrees with theirs are {floor / MB:.0f} MB"
     share = whole / allowed
     value = f"{whole / MB:.0f} MB, {share:.3f} x"
     target = f"<= {allowed / MB:.0f} MB: mirror + {count} x files"
     yield Row("disk", f"{count} parallel workspaces of {named(lab)}", value, target, share <= SLACK, note)
+    yield Row("disk", "against bare worktrees", f"{whole / floor:.3f} x")
     yield Row("workspaces at the same time", named(lab), f"{processes}", f"{count}", processes == count, counted=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -73,20 +74,35 @@ def memory(lab: Lab) -> Iterator[Row]:
         yield from many(github, lab.folder / "many", lab.pick(500, 16), lab.pick(10, 4))
 
 
+def idle(github: StandIn, folder: Path, *program: str) -> float:
+    """Megabytes of a runner that has looked at an empty queue."""
+    env = {"AGENT_POLL_INTERVAL": "3600", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
+    with running(github, folder, program=program, **env) as runner:
+        polled(github, runner)
+        time.sleep(1)
+        return resident(runner.pid) / MB
+
+
 def few(github: StandIn, folder: Path) -> Iterator[Row]:
+    (place := folder / "idle").mkdir()
+    idle(github, place, "-m", "runner")  # which writes the bytecode
+    module, script = idle(github, place, "-m", "runner"), idle(github, place, str(RUNNER))
+    yield Row("resident memory", "idle, `python -m runner`", f"{module:.0f} MB", f"<= {IDLE} MB", module <= IDLE)
+    note = "Python keeps the syntax tree of a script while it runs: the same lines, none of them called, take"
+    note += f" {as_a_script(folder):.0f} MB more as a script than as a module"
+    yield Row("resident memory", "idle, `python runner.py`", f"{script:.0f} MB", f"<= {IDLE} MB", script <= IDLE, note)
     code = f'#!/bin/sh\nwhile [ ! -e "{folder}/go" ]; do sleep 0.2; done\necho x > new\n'
     env = {"AGENT_MAX_CONCURRENT": str(PEERS), "AGENT_POLL_INTERVAL": "3600", "AGENT_SANDBOX": "off"}
     with running(github, folder, code, **env) as runner:
         polled(github, runner)
         time.sleep(1)
-        idle, alone = resident(runner.pid) / MB, share(runner.pid)
-        yield Row("resident memory", "idle", f"{idle:.0f} MB", f"<= {IDLE} MB", idle <= IDLE)
+        before, alone = resident(runner.pid) / MB, share(runner.pid)
         numbers = open_issues(github, PEERS)
         wake(runner)
         until(lambda: sum(len(github.issue(DISPATCH, n).comments) for n in numbers) == PEERS, 120, "the comments")
         until(lambda: len(supervisors(runner.pid)) == PEERS, 60, "the supervisors")
         time.sleep(2)
-        more = (resident(runner.pid) / MB - idle) / PEERS
+        more = (resident(runner.pid) / MB - before) / PEERS
         helpers = supervisors(runner.pid)
         each = (sum(map(share, [runner.pid, *helpers])) - alone) / MB / PEERS
         held = statistics.mean(map(resident, helpers)) / MB
@@ -103,13 +119,29 @@ def supervisors(pid: int) -> list[int]:
     return [each for each in tree(pid) if "supervisor" in command_of(each)]
 
 
-def bare_python() -> int:
-    """What any process of Python has: the least that a supervisor written in it can take."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, cwd=ROOT) as process:
-        time.sleep(0.5)
+def python_with(*program: str, cwd: Path = ROOT) -> int:
+    """Bytes of a Python that waits for input in the end."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    with subprocess.Popen([sys.executable, *program], stdin=subprocess.PIPE, cwd=cwd, env=env) as process:
+        time.sleep(1)
         held = resident(process.pid)
         process.kill()
     return held
+
+
+def bare_python() -> int:
+    """What any process of Python has: the least that a supervisor written in it can take."""
+    return python_with("-c", "input()")
+
+
+def as_a_script(folder: Path) -> float:
+    """Megabytes that runner.py takes as a script, where nothing of it is called, more than as a module."""
+    text = RUNNER.read_text("utf-8").partition("\nif __name__ ==")[0]
+    (folder / "lines.py").write_text(f"{text}\nif __name__ == '__main__':\n    input()\n", "utf-8")
+    modules = [
+        python_with("-c", "import lines; input()", cwd=folder) for _ in range(2)
+    ]  # the first writes the bytecode
+    return (python_with("lines.py", cwd=folder) - modules[-1]) / MB
 
 
 def many(github: StandIn, folder: Path, tasks: int, batches: int) -> Iterator[Row]:

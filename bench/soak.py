@@ -94,7 +94,9 @@ def standing_in(folder: Path, strict: bool = True, now: Callable[[], float] = ti
 
 
 @contextlib.contextmanager
-def running(github: StandIn, folder: Path, agent_code: str = AGENT, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    github: StandIn, folder: Path, agent_code: str = AGENT, program: Sequence[str] = (str(RUNNER),), **more: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """The runner as a process of its own, all of whose files are below `runner`; killed in the end if need be."""
     home, agent = folder / "runner", folder / "agent.sh"
     (home / "tmp").mkdir(parents=True, exist_ok=True)
@@ -111,8 +113,9 @@ def running(github: StandIn, folder: Path, agent_code: str = AGENT, **more: str)
         **more,
     }
     with (folder / "log").open("ab") as log:
-        command = [sys.executable, str(RUNNER)]
-        runner = subprocess.Popen(command, env=env, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        runner = subprocess.Popen(
+            [sys.executable, *program], env=env, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
     try:
         yield runner
     finally:

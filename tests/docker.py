@@ -81,7 +81,7 @@ for top, folders, _ in os.walk("/"):
 KILL = """\
 import glob, os, signal
 for name in sorted(glob.glob("/proc/[0-9]*/cmdline")):
-    if open(name).read() == "python\\0runner.py\\0":
+    if open(name).read() == "python\\0-m\\0runner\\0":
         os.kill(int(name.split("/")[2]), signal.SIGKILL)
 """
 ZOMBIES = """\
