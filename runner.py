@@ -95,6 +95,7 @@ MAX_DELIVERY = 1024**2  # bytes of a webhook delivery; GitHub sends more only fo
 DELIVERIES_KNOWN = 1000
 COMPLAINT_PAUSE = 60  # seconds between two complaints about deliveries that anybody may send
 QUEUE_SHOWN = 100
+OLDEST = 16  # of the issues that wait, among which runners that get in each other's way choose
 HISTORY_KEPT = 50  # attempts that the status page shows
 PROGRESS_PAUSE = 60  # seconds between two edits of comments that only tell how work goes on
 RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
@@ -951,13 +952,23 @@ def split_metadata(text: str) -> tuple[str, dict[str, Any] | None]:
             parts.append(text[kept : match.start()])
             kept = at
     before = re.sub(r"^-{3,}\Z", "", "".join(parts).rstrip(), flags=re.MULTILINE)
-    return (before + text[kept:]).strip(), content
+    return trimmed(before + text[kept:]), content
+
+
+def trimmed(text: str) -> str:
+    """The text without the blank lines around it; the indentation of its first line stays."""
+    return re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
+
+
+@functools.lru_cache(maxsize=2)
+def find_key_lines(text: str) -> list[re.Match[str]]:
+    return list(KEY_LINE.finditer(outside_fences(text)))
 
 
 def key_lines(text: str) -> dict[str, str]:
     """The first `Task ID:`, `User ID:`, `Target Repository:` and `Target:` lines outside fences."""
     found: dict[str, str] = {}
-    for match in KEY_LINE.finditer(outside_fences(text)):
+    for match in find_key_lines(text):
         value = re.sub(r"\A[*_]+(?=\s|\Z)", "", match[2]).replace("`", "").strip(" \t*")
         found.setdefault(match[1].lower().replace(" ", "_"), value)
     return found
@@ -986,10 +997,9 @@ def without_comments(text: str) -> tuple[str, int]:
 
 def find_instruction(text: str, title: str) -> str:
     """All after the `## Instruction(s)` heading, else the text without the lines of metadata, else the title."""
-    plain = outside_fences(text)
-    if heading := INSTRUCTION_HEADING.search(plain):
+    if heading := INSTRUCTION_HEADING.search(outside_fences(text)):
         return text[heading.end() :].strip()
-    found = [match for match in KEY_LINE.finditer(plain) if match[1].lower() != "target"]
+    found = [match for match in find_key_lines(text) if match[1].lower() != "target"]
     begins, ends = [0, *(match.end() + 1 for match in found)], [*(match.start() for match in found), len(text)]
     return "".join(text[begin:end] for begin, end in zip(begins, ends, strict=True)).strip() or title
 
@@ -1035,7 +1045,8 @@ def encodable(text: object) -> str:
 
 def parse_task(issue: Mapping[str, Any], config: Config, attempt: int = 1, failure: str = "") -> Task:
     """An issue, as GitHub gives it, as a task. Never fails: `check_task` says what is wrong."""
-    body, metadata = split_metadata(encodable(issue.get("body"))[:MAX_ISSUE].replace("\r\n", "\n").replace("\r", "\n"))
+    whole = encodable(issue.get("body"))[:MAX_ISSUE].replace("\r\n", "\n").replace("\r", "\n")
+    body, metadata = split_metadata(trimmed(whole))  # most often nothing else is left out: then fences are found once
     text, comments = without_comments(body)
     title, in_title = UNSEEN.subn("", encodable(issue.get("title"))[:MAX_TITLE])
     title = " ".join(title.split())
@@ -2916,10 +2927,11 @@ class Checkout:
     def _touched(self, config: Config) -> tuple[list[str], list[str], list[str]]:
         """The files of the commit that are gone, those that may have changed, and the new ones, none of them read yet.
         Raises Refused for too much; what was only touched does not count."""
-        listed = self.run("diff-files", "--raw", "-z", "--ignore-submodules=dirty").split("\0")
+        with ThreadPoolExecutor(1) as beside:
+            changed = beside.submit(self.run, "diff-files", "--raw", "-z", "--ignore-submodules=dirty")
+            others = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
+        new, listed = list(filter(self._counts, others)), changed.result().split("\0")
         rows = {path: raw.split() for raw, path in zip(listed[::2], listed[1::2], strict=False) if self._counts(path)}
-        new = self.run("ls-files", "-z", "--others", "--exclude-standard").split("\0")[:-1]
-        new = list(filter(self._counts, new))
         before = self._sizes({path: row[2] for path, row in rows.items() if row[0] != ":160000"})
         count = size = 0
         for path in (*rows, *new):
@@ -4367,8 +4379,7 @@ class Runner:
         now, github = self.clock.monotonic(), self.github
         due = [attempt for attempt in self._running.values() if self._tale_due(attempt) <= now]
         if due:
-            others = {seen.record.get("runner") for seen in self.seen.values()} - {None, self.id}
-            self._next_tale = now + PROGRESS_PAUSE * (1 + len(others))
+            self._next_tale = now + PROGRESS_PAUSE * (1 + len(self._others()))
             first = min(due, key=lambda attempt: (not attempt.can_tell, not attempt.milestone, attempt.told))
             if github.paused() or github.poll_pause(1) > 1:
                 first.milestone = False
@@ -4429,21 +4440,34 @@ class Runner:
         return not self.queue.waiting[number].processing
 
     def _admit(self, only: int | None = None) -> None:
-        """Starts as much of what is due as there are free workers, oldest first. Runners that have lost the same issue
-        go on at different places, or they would meet at the next one."""
+        """Starts as much of what is due as there are free workers, oldest first."""
         now, room = self.clock.monotonic(), self.config.max_concurrent - len(self._running)
         known = {attempt.number for attempt in (*self._running.values(), *self._again)}
         numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known, key=lambda n: (self._untold[n], n))
         due = [attempt for attempt in self._again if attempt.due <= now]
         free = [number for number in numbers if self._is_free(number) and only in (None, number)]
-        at = int(stand_in(self.id)[1:], 16) % len(free) if self._lost and free else 0
-        self._lost = False
+        at = self._place_in(free)
         new = (Attempt(self, number) for number in [*free[at:], *free[:at]])
         for attempt in itertools.islice(itertools.chain(due, new), 0 if self.stop.is_set() else room):
             self._again = [other for other in self._again if other is not attempt]
             future = self._pool.submit(self._attempt, attempt)
             self._running[future] = attempt
             future.add_done_callback(lambda _: self.wake.set())
+
+    def _place_in(self, free: Sequence[int]) -> int:
+        """At which of the free issues to begin, so that not all runners try the oldest. Those that know of each other
+        begin one after another, in the order of their names; one that has just lost an issue, which others have lost
+        as well, at a place that hangs on its name alone."""
+        lost, self._lost = self._lost, False
+        if not free:
+            return 0
+        if lost:
+            return int(stand_in(self.id)[1:], 16) % min(len(free), OLDEST)
+        return sum(name < self.id for name in self._others()) % len(free)
+
+    def _others(self) -> set[str]:
+        """The other runners that had claims at the last look."""
+        return {str(name) for seen in self.seen.values() if (name := seen.record.get("runner"))} - {self.id}
 
     def _attempt(self, attempt: Attempt) -> str:
         """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""

@@ -95,13 +95,13 @@ def big(lab: Lab) -> Iterator[Row]:
         tasks, adds, publishes = [], [], []
         for number in range(2, lab.pick(11, 4)):  # the last one is the tenth
             task = Task(github, runner, lab.folder)
-            if number > lab.pick(6, 1):
+            if number > lab.pick(7, 1):
                 tasks.append(task)
                 add, publish = bare.task()
                 adds.append(add)
                 publishes.append(publish)
         clone = timed(lambda: bare.git("clone", "--quiet", github.url(TARGET), str(bare.folder / "clone")))
-        turns = in_turns(lab.pick(2, 1), *(bare.checkout(workers) for workers in WORKERS))
+        turns = in_turns(1, *(bare.checkout(workers) for workers in WORKERS))
     whole = first.whole / clone
     yield Row("first task", named(lab), f"{whole:.2f} x", note=f"{first.whole:.1f} s, a bare git clone {clone:.1f} s")
     yield ratio("tenth task", named(lab), [t.whole for t in tasks], adds, 1.5, "git worktree add")

@@ -143,7 +143,7 @@ def throughput(lab: Lab) -> Iterator[Row]:
         note = f"{places * rounds} tasks of {sleep} s in {took:.1f} s"
         yield Row("throughput", about, f"{share:.2f} x", ">= 0.9 x the ideal", share >= 0.9, note)
         yield Row("agents started", about, str(agents), f"{places * rounds}", agents == places * rounds, counted=True)
-    for scripts in [] if lab.short else [1, 8]:
+    for scripts in [] if lab.short else [1, 4, 8]:
         took = by_scripts(lab.folder / f"scripts-{scripts}", scripts, rounds, sleep)
         note = f"{scripts * rounds} tasks of {sleep} s in {took:.1f} s, by the bare sequence with a claim"
         yield Row("throughput", f"{scripts} script(s)", f"{sleep * rounds / took:.2f} x", note=note)
@@ -151,8 +151,8 @@ def throughput(lab: Lab) -> Iterator[Row]:
 
 def by_scripts(folder: Path, count: int, rounds: int, sleep: int) -> float:
     """Seconds from the first request to the last one, if scripts do the tasks, each its own."""
-    code = f"#!/bin/sh\nsleep {sleep}\necho x > new\n"
     folder.mkdir()
+    code = f'#!/bin/sh\nsleep "$(cat "{folder}/seconds")"\necho x > new\n'
     with standing_in(folder, strict=False) as github, ExitStack() as stack:
         scripts = [stack.enter_context(floor(github, folder / str(index), code)) for index in range(count)]
 
@@ -161,7 +161,8 @@ def by_scripts(folder: Path, count: int, rounds: int, sleep: int) -> float:
                 script(number, safe=True)
 
         # One round that does not count, as with the runner.
-        for numbered in (1, rounds):
+        for numbered, seconds in ((1, 0), (rounds, sleep)):
+            (folder / "seconds").write_text(str(seconds))
             numbers, begun = open_issues(github, count * numbered), len(github.log)
             shares = [numbers[index * numbered : (index + 1) * numbered] for index in range(count)]
             with ThreadPoolExecutor(count) as pool:
@@ -173,7 +174,7 @@ def rounds_of(folder: Path, processes: int, workers: int, rounds: int, sleep: in
     """Seconds from the look that finds the tasks to the last request, and how many agents ran."""
     folder.mkdir()
     (folder / "started").mkdir()
-    code = f'#!/bin/sh\ntouch "{folder}/started/$AGENT_TASK_ID-$$"\nsleep {sleep}\necho x > new\n'
+    code = f'#!/bin/sh\ntouch "{folder}/started/$AGENT_TASK_ID-$$"\nsleep "$(cat "{folder}/seconds")"\necho x > new\n'
     env = {"AGENT_MAX_CONCURRENT": str(workers), "AGENT_POLL_INTERVAL": "3600", "AGENT_SANDBOX": "off"}
     with standing_in(folder, strict=False) as github, ExitStack() as stack:
         runners = []
@@ -187,7 +188,8 @@ def rounds_of(folder: Path, processes: int, workers: int, rounds: int, sleep: in
             while sum(map(is_look, github.rest())) < count:
                 time.sleep(0.05)
         # One round that does not count: it makes copies of the target and colours the labels.
-        for numbered in (processes * workers, processes * workers * rounds):
+        for numbered, seconds in ((processes * workers, 0), (processes * workers * rounds, sleep)):
+            (folder / "seconds").write_text(str(seconds))
             numbers, begun = open_issues(github, numbered), len(github.log)
             for file in (folder / "started").iterdir():
                 file.unlink()
