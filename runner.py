@@ -95,7 +95,7 @@ MAX_DELIVERY = 1024**2  # bytes of a webhook delivery; GitHub sends more only fo
 DELIVERIES_KNOWN = 1000
 COMPLAINT_PAUSE = 60  # seconds between two complaints about deliveries that anybody may send
 QUEUE_SHOWN = 100
-OLDEST = 16  # of the issues that wait, among which runners that get in each other's way choose
+OLDEST = 16  # of the issues that wait, among which a runner chooses that has just lost one
 HISTORY_KEPT = 50  # attempts that the status page shows
 PROGRESS_PAUSE = 60  # seconds between two edits of comments that only tell how work goes on
 RETRY_PAUSE = 30  # seconds before a task's second attempt, doubled each time
@@ -4379,7 +4379,8 @@ class Runner:
         now, github = self.clock.monotonic(), self.github
         due = [attempt for attempt in self._running.values() if self._tale_due(attempt) <= now]
         if due:
-            self._next_tale = now + PROGRESS_PAUSE * (1 + len(self._others()))
+            others = {seen.record.get("runner") for seen in self.seen.values()} - {None, self.id}
+            self._next_tale = now + PROGRESS_PAUSE * (1 + len(others))
             first = min(due, key=lambda attempt: (not attempt.can_tell, not attempt.milestone, attempt.told))
             if github.paused() or github.poll_pause(1) > 1:
                 first.milestone = False
@@ -4440,34 +4441,21 @@ class Runner:
         return not self.queue.waiting[number].processing
 
     def _admit(self, only: int | None = None) -> None:
-        """Starts as much of what is due as there are free workers, oldest first."""
+        """Starts as much of what is due as there are free workers, oldest first. Runners that have lost the same issue
+        go on at different places, or they would meet at the next one."""
         now, room = self.clock.monotonic(), self.config.max_concurrent - len(self._running)
         known = {attempt.number for attempt in (*self._running.values(), *self._again)}
         numbers = sorted((self.queue.waiting.keys() | self.seen.keys()) - known, key=lambda n: (self._untold[n], n))
         due = [attempt for attempt in self._again if attempt.due <= now]
         free = [number for number in numbers if self._is_free(number) and only in (None, number)]
-        at = self._place_in(free)
+        at = int(stand_in(self.id)[1:], 16) % min(len(free), OLDEST) if self._lost and free else 0
+        self._lost = False
         new = (Attempt(self, number) for number in [*free[at:], *free[:at]])
         for attempt in itertools.islice(itertools.chain(due, new), 0 if self.stop.is_set() else room):
             self._again = [other for other in self._again if other is not attempt]
             future = self._pool.submit(self._attempt, attempt)
             self._running[future] = attempt
             future.add_done_callback(lambda _: self.wake.set())
-
-    def _place_in(self, free: Sequence[int]) -> int:
-        """At which of the free issues to begin, so that not all runners try the oldest. Those that know of each other
-        begin one after another, in the order of their names; one that has just lost an issue, which others have lost
-        as well, at a place that hangs on its name alone."""
-        lost, self._lost = self._lost, False
-        if not free:
-            return 0
-        if lost:
-            return int(stand_in(self.id)[1:], 16) % min(len(free), OLDEST)
-        return sum(name < self.id for name in self._others()) % len(free)
-
-    def _others(self) -> set[str]:
-        """The other runners that had claims at the last look."""
-        return {str(name) for seen in self.seen.values() if (name := seen.record.get("runner"))} - {self.id}
 
     def _attempt(self, attempt: Attempt) -> str:
         """One attempt, in a worker's thread; nothing that goes wrong in it leaves it."""
