@@ -52,6 +52,17 @@ MEASUREMENTS: dict[str, Measurement] = {
     "clean-up": ends.clean_up,
 }
 TIMES_ONLY = {"start", "parsing", "own-time", "big"}  # nothing to count: left out of the short form unless named
+FLOORS = {  # what is in the way of a target, by what it is for
+    "runner's own time a task": "A claim is three pushes, so that no issue is done twice. The bare sequence has one;"
+    " with a claim it takes itself as long as the next row says.",
+    "throughput": "This machine also plays GitHub. Scripts that do nothing but the requests and git commands, and to"
+    " which the issues are dealt out, are about as slow; processes that look for issues themselves lose some to others.",
+    "publish of a one-file change": "The runner looks for pipes, devices and repositories among the files before git"
+    " does, and at sizes before anything is read.",
+    "disk": "Each worktree has an index, which is no checked-out file.",
+    "resident memory": "Python keeps the syntax tree of a script as long as it runs. As a module the runner has none.",
+    "parsing of hostile bodies": "Python's regular expressions alone take longer than that, with one pass each.",
+}
 HEADINGS = ("What", "Size", "Measured", "Target", "", "Remarks")
 
 
@@ -126,6 +137,9 @@ def page(rows: Sequence[Row], took: float, load: float) -> Iterator[str]:
     for row in rows:
         cells = (row.what, row.size, row.value, row.target, mark(row), row.note)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+    if missed := {row.what for row in rows if row.good is False}:
+        yield "\nWhat is in the way of targets that are missed; the remarks and the rows without a target measure it:\n\n"
+        yield "".join(f"- **{what[0].upper()}{what[1:]}:** {why}\n" for what, why in FLOORS.items() if what in missed)
 
 
 def circumstances(load: float) -> Iterator[str]:
