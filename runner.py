@@ -2386,7 +2386,7 @@ def run_supervised(config: Config, order: Order, stop: threading.Event | None = 
     (lifeline, held), timeout = os.pipe(), order.timeout + SUPERVISOR_GRACE
     try:
         with tempfile.TemporaryFile() as feed:
-            feed.write(order.stdin.encode())
+            feed.write(order.stdin.encode("utf-8", "replace"))
             feed.seek(0)
             fds = (lifeline, feed.fileno())
             command = [*SUPERVISOR_PYTHON, "-c", SUPERVISOR_START, __file__, "supervisor", *map(str, fds)]

@@ -56,7 +56,8 @@ FLOORS = {  # what is in the way of a target, by what it is for
     "runner's own time a task": "A claim is three pushes, so that no issue is done twice. The bare sequence has one;"
     " with a claim it takes itself as long as the next row says.",
     "throughput": "This machine also plays GitHub. Scripts that do nothing but the requests and git commands, and to"
-    " which the issues are dealt out, are about as slow; processes that look for issues themselves lose some to others.",
+    " which the issues are dealt out, are about as slow; processes that look for issues themselves lose some to"
+    " others.",
     "publish of a one-file change": "The runner looks for pipes, devices and repositories among the files before git"
     " does, and at sizes before anything is read.",
     "disk": "Each worktree has an index, which is no checked-out file.",
@@ -138,7 +139,8 @@ def page(rows: Sequence[Row], took: float, load: float) -> Iterator[str]:
         cells = (row.what, row.size, row.value, row.target, mark(row), row.note)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
     if missed := {row.what for row in rows if row.good is False}:
-        yield "\nWhat is in the way of targets that are missed; the remarks and the rows without a target measure it:\n\n"
+        yield "\nWhat is in the way of targets that are missed; the remarks and the rows without a target measure it:\n"
+        yield "\n"
         yield "".join(f"- **{what[0].upper()}{what[1:]}:** {why}\n" for what, why in FLOORS.items() if what in missed)
 
 
