@@ -41,6 +41,7 @@ OTHERS = (
 EXAMPLES = sorted((ROOT / "docs/examples").iterdir())
 PAGES = [README, GUIDE, APP_GUIDE, AGENTS, *(ROOT / page for page in OTHERS)]
 ENV_LINE = re.compile(r"^#?([A-Z_]+)=(.*)$", re.MULTILINE)
+RESULTS = ROOT / "bench/results.md"
 YOURS = {"AGENT_DISPATCH_REPO": "you/tasks", "AGENT_TARGET_REPO": "you/project"}
 
 
@@ -416,6 +417,27 @@ def test_the_readmes_alerts_speak_of_metrics_and_values_that_exist() -> None:
         assert set(names) <= runner.METRICS.keys()
         for label, value in re.findall(r'\{(\w+)="(\w+)"\}', rule["expr"]):
             assert (label, value in runner.OUTCOMES) == ("outcome", True)
+
+
+# The bench.
+
+
+def figures(text: str) -> set[str]:
+    return set(re.findall(r"\d[\d,]*(?:\.\d+)?", text))
+
+
+def test_the_readmes_costs_are_those_that_were_measured() -> None:
+    told = figures(read(README).partition("\n## What it costs\n")[2].partition("\n## ")[0])
+    assert len(told) > 20
+    assert told <= figures(read(RESULTS))
+
+
+def test_the_bench_has_measured_all_and_explains_each_target_that_is_missed() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in read(RESULTS).split("\n") if "|" in line]
+    assert not [row for row in rows if "broken" in row]
+    missed = {row[0] for row in rows if "✗" in row}
+    explained = {what.lower() for what in re.findall(r"^- \*\*(.+?):\*\*", read(RESULTS), re.MULTILINE)}
+    assert missed <= explained
 
 
 def test_the_manifest_asks_for_what_the_runner_needs_and_no_more() -> None:
