@@ -307,6 +307,10 @@ def test_ends_are_also_seen_where_the_system_does_not_tell_of_them(
     assert (done.code, done.out) == (0, "told\n")
 
 
+def test_half_a_surrogate_in_what_the_agent_is_told_is_replaced(bench: Bench) -> None:
+    assert bench.run("print(input())", stdin="a\ud800b").out == "a?b\n"
+
+
 def test_lines_of_the_supervisor_are_those_of_the_file() -> None:
     theirs, ours = runner.SUPERVISOR.splitlines(), RUNNER.read_text().splitlines()
     begin = ours.index("class Supervisor:")
