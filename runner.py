@@ -962,6 +962,7 @@ def trimmed(text: str) -> str:
 
 @functools.lru_cache(maxsize=2)
 def find_key_lines(text: str) -> list[re.Match[str]]:
+    """All the lines of metadata outside fences."""
     return list(KEY_LINE.finditer(outside_fences(text)))
 
 
@@ -2842,8 +2843,8 @@ class Checkout:
             self._refuse_odd_files({path: why for path, why in self._odd_files().items() if self._counts(path[2:])})
             gone, kept, new = self._touched(config)
             # `git add --all` would look at all files once more.
-            self._update_index("--force-remove", paths=gone)
-            self._update_index("--add", "--replace", paths=[*kept, *new])
+            self._update_index("--force-remove", "--stdin", rows=gone)
+            self._update_index("--add", "--replace", "--stdin", rows=[*kept, *new])
             changes = self._changes()
             if skipped := [path for path in new if path not in changes]:
                 raise GitFailed("git update-index failed", output=f"invalid path {skipped[0]!r}")
@@ -2853,19 +2854,17 @@ class Checkout:
         self._taken = index.read_bytes(), index.stat().st_mtime_ns
         if same := [path for path, row in changes.items() if self._settled.get(path) == row[3]]:
             self._untouched = [blob for path in same if (blob := changes[path][3]).strip("0")]
-            self._update_index(
-                "--index-info", paths=[f"{changes[path][0]} {changes[path][2]}\t{path}" for path in same]
-            )
+            self._update_index("--index-info", rows=[f"{changes[path][0]} {changes[path][2]}\t{path}" for path in same])
             changes = self._changes()
         self._check_changes(changes, config)
         self._refuse_secrets(changes, config)
         self._pack = ""
         return self.run("write-tree").strip() if changes else ""
 
-    def _update_index(self, *how: str, paths: Sequence[str]) -> None:
-        if paths:
-            stdin = "\0".join([*paths, ""]).encode("utf-8", "surrogateescape")
-            self.run("update-index", "-z", *how, *([] if how == ("--index-info",) else ["--stdin"]), stdin=stdin)
+    def _update_index(self, *how: str, rows: Sequence[str]) -> None:
+        """Has git take paths, or what is to be in their place, into the index."""
+        if rows:
+            self.run("update-index", "-z", *how, stdin="\0".join([*rows, ""]).encode("utf-8", "surrogateescape"))
 
     def hold(self, tree: str) -> None:
         """Keeps what was taken in memory, where nothing that runs until it is published can change it."""
@@ -3206,8 +3205,6 @@ def run_setup(work: Work) -> None:
     """Runs AGENT_SETUP_COMMAND, and has what it leaves count as not the agent's. What it lacks may be there the next
     time: so raises TaskRetry."""
     config = work.config
-    if not config.setup_command:
-        return
     done = run_script(work, config.setup_command, config.setup_timeout, work.log_file)
     if done.code or done.late:
         advice = "The agent was not started. The runner's owner should look at AGENT_SETUP_COMMAND."
